@@ -1,0 +1,1 @@
+"""The Beam jobs: text to block shards, text or block shards to hardness shards."""

@@ -1,0 +1,180 @@
+"""What the drivers of both jobs share: from flags to a plan, and from a plan to a checked folder of shards."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.corpus import SUFFIXES, TextFormat
+from pipeline.plan import DEFAULT_SPLIT_BYTES, Plan, Split, common_folder, split_block_shards, split_files
+from pipeline.progress import reporting_progress
+from pipeline.publication import check_published
+from scorer import errors, files
+from scorer.errors import ConfigurationError, HardnessError
+from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
+from scorer.tokenizer import describe, fingerprint, load_tokenizer
+from scorer.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_VERSIONED = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """A corpus of text files, cut into splits."""
+
+    root: str
+    """The longest common folder of the files."""
+    sizes: dict[str, int]
+    """Bytes of each file, by its name below the root, in corpus order."""
+    split_bytes: int
+    text_format: TextFormat
+
+    def splits(self) -> tuple[Split, ...]:
+        """Cuts the corpus."""
+        return split_files(self.sizes, self.split_bytes, can_cut=self.text_format.txt_document != "file")
+
+    def configuration(self) -> dict[str, Any]:
+        """The corpus's part of the plan's configuration."""
+        return {
+            "source": "text",
+            "split_bytes": self.split_bytes,
+            "text_field": self.text_format.text_field,
+            "txt_document": self.text_format.txt_document,
+            "max_document_bytes": self.text_format.max_document_bytes,
+            "input_files": self.sizes,
+        }
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """A complete folder of block shards."""
+
+    root: str
+    manifest: Manifest
+
+    def splits(self) -> tuple[Split, ...]:
+        """One split a block shard."""
+        return split_block_shards(self.manifest)
+
+    def configuration(self) -> dict[str, Any]:
+        """The corpus's part of the plan's configuration."""
+        return {
+            "source": "block shards",
+            "split_bytes": None,
+            "text_field": None,
+            "txt_document": None,
+            "max_document_bytes": None,
+            "input_files": {shard.name: shard.content_sha256 for shard in self.manifest.shards},
+        }
+
+
+def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput:
+    """Resolves `--input` to text files.
+
+    Raises:
+        ConfigurationError: something is missing, or of a form that is not known.
+    """
+    paths = files.expand(patterns, SUFFIXES)
+    if unknown := [path for path in paths if not path.lower().endswith(SUFFIXES)]:
+        raise ConfigurationError(
+            f"{unknown[0]}: expected a file that ends in {', '.join(SUFFIXES)} ({len(unknown)} input file(s) do not)"
+        )
+    root = common_folder(paths)
+    sizes = {path.removeprefix(root): files.size(path) for path in paths}
+    return TextInput(root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format)
+
+
+def find_input(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput | BlockInput:
+    """Resolves `--input` to text files, or to a folder of block shards where it holds a manifest.
+
+    Raises:
+        ConfigurationError: something is missing or mixed.
+    """
+    folders = [pattern for pattern in patterns if files.is_folder(pattern) and has_manifest(pattern)]
+    if not folders:
+        return find_text(patterns, split_bytes, text_format)
+    if len(patterns) > 1:
+        raise ConfigurationError(f"{folders[0]} holds block shards: pass it as the only --input, one job a folder")
+    if split_bytes is not None:
+        raise ConfigurationError(f"--split_bytes has no meaning for {folders[0]}: its shards are the splits already")
+    manifest = read_manifest(folders[0])
+    if manifest.alm is not None:
+        raise ConfigurationError(f"{folders[0]} holds hardness shards, which are scored already: pass block shards")
+    return BlockInput(folders[0], manifest)
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, start_token: str | None, end_token: str | None) -> Vocabulary:
+    """The vocabulary of a tokenizer; says so where it cannot train a masked LM."""
+    vocabulary = describe(tokenizer, start_token, end_token)
+    if vocabulary.mask_id is None:
+        logger.warning("the tokenizer has no mask token: fine for an ALM, but a masked LM cannot be trained on these")
+    return vocabulary
+
+
+def prepare_output(folder: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+    """Puts the tokenizer into the output folder, for workers and for trainers.
+
+    Raises:
+        ConfigurationError: the folder holds another tokenizer.
+    """
+    files.make_folder(files.join(folder, RECEIPTS_FOLDER))
+    saved = files.join(folder, TOKENIZER_FOLDER)
+    if not files.exists(files.join(saved, "tokenizer_config.json")):
+        files.put_folder(saved, tokenizer.save_pretrained)
+    if fingerprint(load_tokenizer(saved)) != vocabulary.fingerprints:
+        raise ConfigurationError(f"{saved} holds another tokenizer: choose another --output")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that the bytes of a shard may depend on."""
+    return {name: version(name) for name in _VERSIONED}
+
+
+def run_job(folder: str, plan: Plan, options: PipelineOptions, build: Callable[[beam.Pipeline], object]) -> Manifest:
+    """Builds and runs a job, reports while it runs, and holds the folder to the plan afterwards.
+
+    Raises:
+        HardnessError: the job failed, with the message of whatever failed in a worker.
+        ShardError: the runner reported success, but a planned shard is missing.
+    """
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline)
+    with reporting_progress(folder, plan):
+        try:
+            pipeline.run().wait_until_finish()
+        except Exception as error:
+            raise _workers_error(error) or error from error
+    return check_published(folder, plan)
+
+
+def summarize(folder: str, manifest: Manifest) -> None:
+    """Says what a finished job left behind."""
+    logger.info(
+        "%s is complete: %d shards, %d documents, %d blocks, %d tokens, %d left over, %d documents rejected",
+        folder,
+        len(manifest.shards),
+        manifest.documents,
+        manifest.blocks,
+        manifest.tokens,
+        manifest.leftover_tokens,
+        manifest.rejected_documents,
+    )
+
+
+def _workers_error(error: Exception) -> HardnessError | None:
+    """Finds our own error in what a runner made of it: workers report failures as the text of a traceback."""
+    if isinstance(error, HardnessError):
+        return error
+    found = re.findall(r"scorer\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", str(error))
+    kind = getattr(errors, found[-1][0], None) if found else None
+    return kind(found[-1][1]) if kind is not None else None

@@ -1,0 +1,194 @@
+"""The plan: which bytes go into which shard, decided once, and everything that determines what the shards mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.corpus import FileRange
+from scorer import files
+from scorer.errors import ConfigurationError, ShardError
+from scorer.manifest import Manifest
+from scorer.shards import FORMAT_VERSION, shard_name
+
+PLAN_NAME = "_plan.json"
+DEFAULT_SPLIT_BYTES = 16 << 20
+ASSUMED_COMPRESSION_RATIO = 3
+"""How much text a compressed byte stands for when splits are filled; gzip on English gives 2.5 to 3."""
+
+Kind = Literal["blocks", "hardness"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The unit of work, of resume and of verification: what becomes one shard."""
+
+    index: int
+    shard: str
+    ranges: tuple[FileRange, ...]
+    """In corpus order. For block shards as input: the one shard, with its rows as the range."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What determines the meaning of the shards; a resume with another one is refused."""
+
+    kind: Kind
+    source: Literal["text", "block shards"]
+    tokenizer: Mapping[str, Any]
+    """Vocabulary.to_json: fingerprints, special ids, frame tokens."""
+    alm: Mapping[str, str] | None
+    dtype: str | None
+    mantissa_bits: int | None
+    split_bytes: int | None
+    text_field: str | None
+    txt_document: str | None
+    max_document_bytes: int | None
+    input_files: Mapping[str, int | str]
+    """Size of each input file, or the content fingerprint of each block shard."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `_plan.json` holds."""
+
+    configuration: Configuration
+    splits: tuple[Split, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's JSON object."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "configuration": asdict(self.configuration),
+            "splits": [
+                {"shard": split.shard, "ranges": [[range_.file, range_.start, range_.end] for range_ in split.ranges]}
+                for split in self.splits
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls(
+            Configuration(**value["configuration"]),
+            tuple(
+                Split(index, split["shard"], tuple(FileRange(*range_) for range_ in split["ranges"]))
+                for index, split in enumerate(value["splits"])
+            ),
+        )
+
+
+def plan_path(folder: str) -> str:
+    """Where the plan of `folder` lies."""
+    return files.join(folder, PLAN_NAME)
+
+
+def read_plan(folder: str) -> Plan | None:
+    """The plan of a folder of shards, or None where there is none yet.
+
+    Raises:
+        ShardError: there is one that cannot be read.
+    """
+    try:
+        return Plan.from_json(files.read_json(plan_path(folder)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{plan_path(folder)} cannot be read ({error!r}): choose another --output, or remove this folder"
+        ) from error
+
+
+def adopt_plan(folder: str, planned: Plan) -> Plan:
+    """Publishes a new plan, or takes the one that is there if it means the same.
+
+    Raises:
+        ConfigurationError: the folder's plan has another configuration; the message says what differs.
+    """
+    existing = read_plan(folder)
+    if existing is None:
+        if any(name.endswith(".parquet") for name in files.names(folder)):
+            raise ConfigurationError(f"{folder} holds Parquet files but no {PLAN_NAME}: choose an empty --output")
+        files.make_folder(folder)
+        files.publish(plan_path(folder), files.to_json(planned.to_json()))
+        existing = read_plan(folder)
+        assert existing is not None
+    if differences := _differences(existing.configuration, planned.configuration):
+        raise ConfigurationError(
+            f"{folder} was begun with another configuration: {'; '.join(differences)}. "
+            "Run with the same flags and corpus to go on, or choose another --output"
+        )
+    return existing
+
+
+def common_folder(paths: Iterable[str]) -> str:
+    """The longest folder that holds all the files; names in plans and shards are relative to it."""
+    folders = [path.split("/")[:-1] for path in paths]
+    shared = folders[0]
+    for folder in folders[1:]:
+        agreeing = 0
+        while agreeing < min(len(shared), len(folder)) and shared[agreeing] == folder[agreeing]:
+            agreeing += 1
+        shared = shared[:agreeing]
+    if not shared:
+        raise ConfigurationError("the inputs lie in different stores: give each its own --output")
+    return "/".join(shared) + "/"
+
+
+def split_files(sizes: Mapping[str, int], split_bytes: int, can_cut: bool) -> tuple[Split, ...]:
+    """Cuts a corpus into splits of about `split_bytes` of text, in file order.
+
+    Small files are packed together. Large ones are cut anywhere: a document belongs to the split that holds its first
+    byte. Compressed files are never cut.
+
+    Args:
+        sizes: bytes of each file, by relative name, in corpus order.
+        split_bytes: text a split.
+        can_cut: False where a document is a whole file.
+    """
+    splits: list[list[FileRange]] = [[]]
+    filled = 0
+    for file, size in sizes.items():
+        whole = FileRange(file, 0, size)
+        text_bytes = size * (ASSUMED_COMPRESSION_RATIO if whole.is_compressed else 1)
+        if whole.is_compressed or not can_cut:
+            if filled and filled + text_bytes > split_bytes:
+                splits.append([])
+                filled = 0
+            splits[-1].append(whole)
+            filled += text_bytes
+            continue
+        start = 0
+        while start < size:
+            if filled >= split_bytes:
+                splits.append([])
+                filled = 0
+            end = min(size, start + split_bytes - filled)
+            splits[-1].append(FileRange(file, start, end))
+            filled += end - start
+            start = end
+    return tuple(Split(index, shard_name(index, len(splits)), tuple(ranges)) for index, ranges in enumerate(splits))
+
+
+def split_block_shards(manifest: Manifest) -> tuple[Split, ...]:
+    """One split a block shard, of the same name."""
+    return tuple(
+        Split(index, shard.name, (FileRange(shard.name, 0, shard.blocks),))
+        for index, shard in enumerate(manifest.shards)
+    )
+
+
+def _differences(planned: Configuration, asked: Configuration) -> list[str]:
+    found = []
+    for name, before in asdict(planned).items():
+        now = asdict(asked)[name]
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            shown = ", ".join(f"{key} {before.get(key, 'absent')} → {now.get(key, 'absent')}" for key in keys[:3])
+            found.append(f"{name} ({shown}{', …' if len(keys) > 3 else ''})")
+        else:
+            found.append(f"{name} was {before}, now {now}")
+    return found

@@ -1,0 +1,164 @@
+"""The bidirectional auto-regressive LM: two causal language models that share nothing but the tokenizer.
+
+What each direction sees of a block, and which token each of its outputs predicts:
+
+    position            0     1     2     3     4
+    block              <s>   The   cat   sat   </s>
+
+    left to right      <s>   The   cat   sat          reads the block as it stands
+      predicts         The   cat   sat   …
+    right to left      </s>  sat   cat   The          reads the same block reversed
+      predicts         sat   cat   The   …            its scores are flipped back
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from scorer import files
+from scorer.console import first_line
+from scorer.errors import ConfigurationError
+from scorer.shards import BLOCK_LENGTH
+
+Direction = Literal["forward", "backward"]
+READING_DIRECTION: dict[Direction, str] = {"forward": "left_to_right", "backward": "right_to_left"}
+"""What each folder's config.json says under `reading_direction`."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+
+
+class BidirectionalALM(nn.Module):
+    """Both directions in one module, so that an engine that shares models shares both."""
+
+    def __init__(self, left_to_right: PreTrainedModel, right_to_left: PreTrainedModel):
+        super().__init__()
+        self.left_to_right = left_to_right
+        self.right_to_left = right_to_left
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+def load_alm(folder: str, device: str = "cpu", dtype: str | torch.dtype | None = None) -> BidirectionalALM:
+    """Loads an ALM for scoring, in evaluation mode.
+
+    Args:
+        folder: holds `forward/` and `backward/`, each an ordinary causal-LM checkpoint.
+        device: 'cpu', 'cuda' or 'cuda:1'.
+        dtype: of the weights and logits ('float32', 'bfloat16' or a torch dtype); default float32 on the CPU and
+            bfloat16 on CUDA. The log-sum-exp and all after it is float32 whatever this says.
+
+    Raises:
+        ConfigurationError: a checkpoint is missing, too short for a block, or reads in the other direction; or the
+            device is not there. Never falls back to another device.
+    """
+    require_device(device)
+    if dtype is None:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    models = {direction: _load_direction(folder, direction, torch_dtype) for direction in READING_DIRECTION}
+    alm = BidirectionalALM(models["forward"], models["backward"]).to(device)
+    return alm.eval().requires_grad_(False)
+
+
+def require_device(device: str) -> None:
+    """Checks that a device is there.
+
+    Raises:
+        ConfigurationError: CUDA was asked for and there is none, or there are fewer devices than the index says.
+    """
+    if not device.startswith("cuda"):
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise ConfigurationError(
+            f"--device {device} was asked for, but this machine shows {count} usable CUDA device(s): "
+            "pass --device cpu, or check the driver (`nvidia-smi`) and that torch is a CUDA build"
+        )
+
+
+def check_alm(folder: str, vocabulary_size: int) -> list[str]:
+    """Checks an ALM's configuration without loading its weights.
+
+    Returns:
+        Warnings, one a line, for what is suspicious but allowed.
+
+    Raises:
+        ConfigurationError: a direction is missing, swapped, too short for a block or too small for the vocabulary.
+    """
+    warnings = []
+    for direction, expected in READING_DIRECTION.items():
+        config = _read_config(folder, direction)
+        found = config.get("reading_direction")
+        if found is None:
+            warnings.append(f"{folder}/{direction}/config.json has no reading_direction; taking it for {expected}")
+        elif found != expected:
+            raise ConfigurationError(
+                f"{folder}/{direction} reads {found}, expected {expected}: are forward/ and backward/ swapped?"
+            )
+        if config.get("vocab_size", vocabulary_size) < vocabulary_size:
+            raise ConfigurationError(
+                f"{folder}/{direction} knows {config['vocab_size']} ids, the tokenizer has {vocabulary_size}: "
+                "score with the tokenizer that the ALM was trained with"
+            )
+        positions = config.get("n_positions", config.get("max_position_embeddings", BLOCK_LENGTH))
+        if positions < BLOCK_LENGTH:
+            raise ConfigurationError(
+                f"{folder}/{direction} has {positions} positions, blocks have {BLOCK_LENGTH} tokens: "
+                "train an ALM with as many positions as a block has tokens"
+            )
+    return warnings
+
+
+def fingerprint_alm(folder: str) -> dict[str, str]:
+    """SHA-256 of each direction's configuration and weights, as plans, footers and manifests carry them.
+
+    Raises:
+        ConfigurationError: a direction has no configuration or no safetensors file.
+    """
+    return {f"{direction}_sha256": _fingerprint_direction(folder, direction) for direction in READING_DIRECTION}
+
+
+def _fingerprint_direction(folder: str, direction: Direction) -> str:
+    config = {key: value for key, value in _read_config(folder, direction).items() if key not in _VOLATILE_CONFIG_KEYS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    checkpoint = files.join(folder, direction)
+    weights = [name for name in files.names(checkpoint) if name.endswith(".safetensors")]
+    if not weights:
+        raise ConfigurationError(
+            f"{checkpoint} holds no .safetensors file: expected a causal-LM checkpoint that save_pretrained wrote"
+        )
+    for name in weights:
+        digest.update(files.sha256(files.join(checkpoint, name))[0].encode())
+    return digest.hexdigest()
+
+
+def _read_config(folder: str, direction: Direction) -> dict[str, Any]:
+    path = files.join(folder, direction, "config.json")
+    try:
+        config: dict[str, Any] = files.read_json(path)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"there is no {path}: an ALM is a folder with forward/ and backward/, as trainer.train_alm writes it"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON ({error}): is the checkpoint whole?") from error
+    return config
+
+
+def _load_direction(folder: str, direction: Direction, dtype: torch.dtype) -> PreTrainedModel:
+    checkpoint = files.join(folder, direction)
+    try:
+        with files.local_folder(checkpoint) as local:
+            return AutoModelForCausalLM.from_pretrained(local, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(f"{checkpoint} cannot be loaded as a causal LM: {first_line(error)}") from error

@@ -1,0 +1,39 @@
+"""What the commands share at the terminal: logging, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from scorer.errors import HardnessError
+
+
+def log_to_stderr() -> None:
+    """Sends this project's own log lines (INFO and up) and everybody's warnings to standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for package in ("pipeline", "scorer", "trainer"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, for use inside one of ours."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs a command's `main` on the command line and exits with its code.
+
+    A HardnessError becomes its message and its exit code (1 failed, 2 wrong configuration); Ctrl-C becomes 130.
+    Any other exception is a bug of ours and keeps its traceback.
+    """
+    log_to_stderr()
+    try:
+        code = main(sys.argv[1:])
+    except HardnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,29 @@
+"""The one small tree of errors that this project raises on purpose.
+
+HardnessError                something a user can act on; the message says what, where, and the way out
+├── ConfigurationError       wrong flags, paths or mixtures, found before any work (exit code 2)
+├── ShardError               a shard, receipt or manifest that is missing, damaged or foreign
+└── ScoringError             an ALM that gave something that is not a probability
+"""
+
+from __future__ import annotations
+
+
+class HardnessError(Exception):
+    """Base of every error whose message is meant for a person; commands print it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigurationError(HardnessError):
+    """What was asked for cannot be done as asked; nothing has been written yet."""
+
+    exit_code = 2
+
+
+class ShardError(HardnessError):
+    """A shard, receipt or manifest is missing, damaged, or belongs to something else."""
+
+
+class ScoringError(HardnessError):
+    """The ALM returned NaN or infinity where a log-probability was expected."""

@@ -1,0 +1,258 @@
+"""Every path that a user can give passes through here, and from here through fsspec.
+
+Local folders publish by a temporary file, fsync and a hard link that never overwrites; object stores by one
+conditional upload to the final key. Readers therefore see a file whole or not at all, and the first writer wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from scorer.errors import ConfigurationError
+
+_CHUNK_BYTES = 1 << 20
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
+
+def _resolve(path: str) -> tuple[Any, str]:
+    try:
+        filesystem, stripped = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"cannot reach {path}: {error}") from error
+    return filesystem, str(stripped)
+
+
+def is_local(path: str) -> bool:
+    """Says whether `path` lies on this machine's own file system."""
+    return isinstance(_resolve(path)[0], LocalFileSystem)
+
+
+def join(folder: str, *names: str) -> str:
+    """Joins path or URL segments with '/'."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def exists(path: str) -> bool:
+    """Says whether there is a file or folder at `path`."""
+    filesystem, stripped = _resolve(path)
+    return bool(filesystem.exists(stripped))
+
+
+def is_folder(path: str) -> bool:
+    """Says whether `path` is a folder."""
+    filesystem, stripped = _resolve(path)
+    return bool(filesystem.isdir(stripped))
+
+
+def size(path: str) -> int:
+    """Bytes of the file at `path`."""
+    filesystem, stripped = _resolve(path)
+    return int(filesystem.size(stripped))
+
+
+def modified(path: str) -> float:
+    """Seconds since the epoch at which `path` was last written."""
+    filesystem, stripped = _resolve(path)
+    return float(filesystem.modified(stripped).timestamp())
+
+
+def names(folder: str) -> list[str]:
+    """The sorted names of what lies directly in `folder`; empty where there is no such folder."""
+    filesystem, stripped = _resolve(folder)
+    filesystem.invalidate_cache(stripped)
+    if not filesystem.isdir(stripped):
+        return []
+    return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in filesystem.ls(stripped, detail=False))
+
+
+def open_binary(path: str, compression: str | None = None) -> BinaryIO:
+    """Opens `path` for reading bytes, through a decompressor where `compression` names one ('gzip')."""
+    filesystem, stripped = _resolve(path)
+    return cast(BinaryIO, filesystem.open(stripped, "rb", compression=compression))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content of a small file."""
+    with open_binary(path) as stream:
+        return stream.read()
+
+
+def read_json(path: str) -> Any:
+    """Parses a small JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON.
+    """
+    return json.loads(read_bytes(path))
+
+
+def to_json(value: Any) -> bytes:
+    """The one JSON layout of this project: sorted keys, two spaces, UTF-8, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def sha256(path: str) -> tuple[str, int]:
+    """The SHA-256 of a file as hex, and its length in bytes, read in pieces."""
+    digest, length = hashlib.sha256(), 0
+    with open_binary(path) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            length += len(chunk)
+    return digest.hexdigest(), length
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder and its parents; object stores have none and need none."""
+    filesystem, stripped = _resolve(path)
+    filesystem.makedirs(stripped, exist_ok=True)
+
+
+def put_folder(path: str, write: Callable[[str], object]) -> None:
+    """Lets a library write a folder locally, and moves its files into place one by one, each whole."""
+    make_folder(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        write(scratch)
+        for name in sorted(os.listdir(scratch)):
+            replace(join(path, name), Path(scratch, name).read_bytes())
+
+
+def publish(path: str, data: bytes) -> bool:
+    """Writes `data` to `path` whole or not at all, and never over what is there.
+
+    Returns:
+        True if this call published; False if another writer was first (its file stays).
+
+    Raises:
+        FileNotFoundError: the temporary file vanished before it was linked (another driver finished and tidied up).
+    """
+    filesystem, stripped = _resolve(path)
+    if not isinstance(filesystem, LocalFileSystem):
+        try:
+            filesystem.pipe_file(stripped, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    with _temporary_beside(stripped, data) as temporary:
+        try:
+            os.link(temporary, stripped)
+        except FileExistsError:
+            return False
+    _sync_folder(stripped)
+    return True
+
+
+def replace(path: str, data: bytes) -> None:
+    """Writes `data` to `path` whole or not at all, over what is there."""
+    filesystem, stripped = _resolve(path)
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(stripped, data)
+        return
+    with _temporary_beside(stripped, data) as temporary:
+        os.replace(temporary, stripped)
+    _sync_folder(stripped)
+
+
+def set_aside(path: str) -> str:
+    """Renames a damaged file to a name that no reader takes for a shard, and returns that name."""
+    filesystem, stripped = _resolve(path)
+    aside = f"{stripped}.damaged-{uuid.uuid4().hex[:8]}"
+    filesystem.mv(stripped, aside)
+    return aside
+
+
+def remove(path: str) -> None:
+    """Removes a file if it is there."""
+    filesystem, stripped = _resolve(path)
+    try:
+        filesystem.rm_file(stripped)
+    except FileNotFoundError:
+        return
+
+
+def remove_temporaries(folder: str) -> None:
+    """Removes what killed writers left half-written directly in `folder`."""
+    for name in names(folder):
+        if is_temporary(name):
+            remove(join(folder, name))
+
+
+def is_temporary(name: str) -> bool:
+    """Says whether a name is one of `publish`'s temporary files."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Resolves files, folders and globs to files, in the order given, sorted within each, without repetition.
+
+    A folder stands for every file below it whose name ends in one of `suffixes`.
+
+    Raises:
+        ConfigurationError: a path is missing, or a glob or folder holds no file.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        filesystem, stripped = _resolve(pattern)
+        if filesystem.isdir(stripped):
+            matches = [path for path in filesystem.find(stripped) if path.lower().endswith(suffixes)]
+            lacking = f"the folder {pattern} holds no file that ends in {', '.join(suffixes)}"
+        elif filesystem.exists(stripped) or not _GLOB_CHARACTERS.search(stripped):
+            matches = [stripped] if filesystem.exists(stripped) else []
+            lacking = f"there is no {pattern}: check the path"
+        else:
+            matches = [path for path in filesystem.glob(stripped) if not filesystem.isdir(path)]
+            lacking = f"no file matches {pattern}: check the folder and the pattern (and quote it for the shell)"
+        if not matches:
+            raise ConfigurationError(lacking)
+        found.update(dict.fromkeys(filesystem.unstrip_protocol(path) for path in sorted(matches)))
+    return [path.removeprefix("file://") for path in found]
+
+
+@contextmanager
+def local_folder(folder: str) -> Iterator[str]:
+    """Gives a local path for a folder: itself where it is local, else a temporary copy.
+
+    For libraries that only read local paths (`from_pretrained`).
+    """
+    filesystem, stripped = _resolve(folder)
+    if isinstance(filesystem, LocalFileSystem):
+        yield stripped
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        filesystem.get(stripped.rstrip("/") + "/", copy + "/", recursive=True)
+        yield copy
+
+
+@contextmanager
+def _temporary_beside(path: str, data: bytes) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(path: str) -> None:
+    """Makes the new name itself durable: fsync of a file does not cover its directory entry."""
+    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

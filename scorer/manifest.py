@@ -1,0 +1,158 @@
+"""What makes a folder of shards a corpus: the receipt of each shard, and the manifest of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scorer import files
+from scorer.errors import ConfigurationError, ShardError
+from scorer.shards import BLOCK_LENGTH, FORMAT_VERSION, RUN_LENGTH
+
+MANIFEST_NAME = "_manifest.json"
+RECEIPTS_FOLDER = "_receipts"
+REJECTS_NAME = "_rejects.jsonl"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A document that could not be used, and where it stands."""
+
+    file: str
+    """Relative to the longest common folder of the inputs."""
+    line: int
+    """From 1; in a receipt relative to the split's range of the file, in `_rejects.jsonl` absolute."""
+    offset: int
+    """Bytes from the beginning of the (decompressed) file."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a shard's publisher vouches for; published just before the shard itself."""
+
+    shard: str
+    sha256: str
+    """Of the shard's file."""
+    bytes: int
+    """Of the shard's file."""
+    content_sha256: str
+    documents: int
+    blocks: int
+    rejected_documents: int
+    leftover_tokens: int
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Lines that begin in the split's range of each file: what makes the rejects' lines absolute."""
+    rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in blocks, frames not counted."""
+        return RUN_LENGTH * self.blocks
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's JSON object."""
+        return {**asdict(self), "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Receipt:
+        """The inverse of `to_json`."""
+        fields = {key: item for key, item in value.items() if key != "tokens"}
+        fields["rejects"] = [Reject(**reject) for reject in fields["rejects"]]
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard, as the manifest lists it."""
+
+    name: str
+    blocks: int
+    bytes: int
+    sha256: str
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The list of a complete folder's shards; its presence means that the folder is complete."""
+
+    documents: int
+    rejected_documents: int
+    leftover_tokens: int
+    tokenizer: Mapping[str, str]
+    """Fingerprints (Vocabulary.fingerprints)."""
+    alm: Mapping[str, str] | None
+    """Fingerprints of the two directions; None for block shards."""
+    shards: list[ShardEntry]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all shards."""
+        return sum(shard.blocks for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all blocks, frames not counted."""
+        return RUN_LENGTH * self.blocks
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's JSON object (DESIGN, section 2)."""
+        return asdict(self) | {
+            "format_version": FORMAT_VERSION,
+            "block_length": BLOCK_LENGTH,
+            "blocks": self.blocks,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_json`."""
+        derived = ("format_version", "block_length", "blocks", "tokens")
+        fields = {key: item for key, item in value.items() if key not in derived}
+        fields["shards"] = [ShardEntry(**shard) for shard in fields["shards"]]
+        return cls(**fields)
+
+
+def receipt_path(folder: str, index: int) -> str:
+    """Where the receipt of shard `index` lies."""
+    return files.join(folder, RECEIPTS_FOLDER, f"{index:05d}.json")
+
+
+def read_receipt(folder: str, index: int) -> Receipt | None:
+    """The receipt of shard `index`, or None where there is none that can be read."""
+    try:
+        return Receipt.from_json(files.read_json(receipt_path(folder, index)))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_manifest(folder: str) -> bool:
+    """Says whether `folder` is a complete folder of shards."""
+    return files.exists(files.join(folder, MANIFEST_NAME))
+
+
+def read_manifest(folder: str) -> Manifest:
+    """Reads the manifest of a complete folder.
+
+    Raises:
+        ConfigurationError: there is no folder, or no manifest in it.
+        ShardError: the manifest cannot be read, or is of another format.
+    """
+    path = files.join(folder, MANIFEST_NAME)
+    if not files.is_folder(folder):
+        raise ConfigurationError(f"there is no folder {folder}: expected a folder of shards")
+    try:
+        value = files.read_json(path)
+        if value["format_version"] != FORMAT_VERSION or value["block_length"] != BLOCK_LENGTH:
+            raise ShardError(f"{path} is of another format: expected {FORMAT_VERSION} with {BLOCK_LENGTH}-token blocks")
+        return Manifest.from_json(value)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{folder} has no {MANIFEST_NAME}, so its shards are not complete: see "
+            f"`python -m pipeline.status {folder}`, and run the command that writes them again to finish it"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} cannot be read ({error!r}): run the command that wrote it again") from error

@@ -1,0 +1,256 @@
+"""The shard format: one Parquet file of 512-token blocks with both directions' perplexities.
+
+docs/shard-format.md describes it for readers in other languages. Block shards are the same file with the first
+column only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scorer import files
+from scorer.errors import ShardError
+from scorer.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+BLOCK_LENGTH = 512
+"""Tokens a block, its frame included."""
+RUN_LENGTH = BLOCK_LENGTH - 2
+"""Tokens of the corpus a block: the frame takes one at either end."""
+ROW_GROUP_BLOCKS = 256
+DEFAULT_MANTISSA_BITS = 10
+_FLOAT32_MANTISSA_BITS = 23
+_FOOTER_KEY = b"hardness"
+_ID_COLUMN = "input_ids"
+PERPLEXITY_COLUMNS = ("forward_perplexity", "backward_perplexity")
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """The rows of a shard, or some of them."""
+
+    input_ids: npt.NDArray[np.unsignedinteger[Any]]
+    """uint16 or uint32 [N, 512]."""
+    forward_perplexity: npt.NDArray[np.float32] | None = None
+    """float32 [N, 512]; 0 where the token has none. None in block shards."""
+    backward_perplexity: npt.NDArray[np.float32] | None = None
+    """float32 [N, 512]; 0 where the token has none. None in block shards."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def columns(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Name and values of each column, in schema order."""
+        yield _ID_COLUMN, self.input_ids
+        for name in PERPLEXITY_COLUMNS:
+            values = getattr(self, name)
+            if values is not None:
+                yield name, values
+
+    def sha256(self) -> str:
+        """Fingerprint of the values, whatever the file's encoding: the manifest's `content_sha256`.
+
+        Per column in schema order: the line `name dtype rows`, then the values, little-endian, row by row.
+        """
+        digest = hashlib.sha256()
+        for name, values in self.columns():
+            digest.update(f"{name} {values.dtype.name} {len(values)}\n".encode())
+            digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardMetadata:
+    """A shard's footer: what it holds, what made it, and nothing of when or where."""
+
+    vocabulary: Vocabulary
+    alm: Mapping[str, str] | None
+    """Fingerprints of the two directions; None in block shards."""
+    split: list[dict[str, Any]]
+    """The byte ranges this shard was made from: `file`, `start`, `end`."""
+    documents: int
+    """Documents that gave at least one token."""
+    blocks: int
+    rejected_documents: int
+    leftover_tokens: int
+    """Tokens after the last whole block of the split, fewer than 510; they are in no block."""
+    clamped_values: int
+    """How many NLLs exceeded 80 nats and were cut there."""
+    device: str | None
+    dtype: str | None
+    micro_batch: int | None
+    versions: Mapping[str, str]
+    content_sha256: str
+    """ShardContent.sha256 of the rows."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in blocks, document separators included, frames not."""
+        return RUN_LENGTH * self.blocks
+
+    def to_json(self) -> dict[str, Any]:
+        """The footer's JSON object (DESIGN, section 2)."""
+        fields = asdict(self) | {"special_ids": dict(self.vocabulary.special_ids)}
+        del fields["vocabulary"]
+        return fields | {
+            "format_version": FORMAT_VERSION,
+            "block_length": BLOCK_LENGTH,
+            "vocabulary_size": self.vocabulary.size,
+            "start_id": self.vocabulary.start_id,
+            "end_id": self.vocabulary.end_id,
+            "mask_id": self.vocabulary.mask_id,
+            "tokenizer": self.vocabulary.fingerprints,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ShardMetadata:
+        """The inverse of `to_json`."""
+        fields = dict(value)
+        vocabulary = Vocabulary(
+            size=fields.pop("vocabulary_size"),
+            special_ids=fields.pop("special_ids"),
+            start_id=fields.pop("start_id"),
+            end_id=fields.pop("end_id"),
+            mask_id=fields.pop("mask_id"),
+            **fields.pop("tokenizer"),
+        )
+        for derived in ("format_version", "block_length", "tokens"):
+            del fields[derived]
+        return cls(vocabulary=vocabulary, **fields)
+
+
+def shard_name(index: int, count: int) -> str:
+    """`shard-00000-of-00042.parquet`."""
+    return f"shard-{index:05d}-of-{count:05d}.parquet"
+
+
+def round_mantissa(values: npt.NDArray[np.float32], bits: int = DEFAULT_MANTISSA_BITS) -> npt.NDArray[np.float32]:
+    """Rounds float32 to `bits` bits of mantissa, half to even, so that zstd finds the zeros (BitRound).
+
+    Relative error at most 2**-(bits + 1). Values stay at least 1 if they were, and 0 stays 0.
+    Source: Kloewer et al. 2021, doi:10.1038/s43588-021-00156-2.
+    """
+    dropped = _FLOAT32_MANTISSA_BITS - bits
+    if dropped == 0:
+        return values
+    raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    half_to_even = np.uint32((1 << (dropped - 1)) - 1) + ((raw >> np.uint32(dropped)) & np.uint32(1))
+    rounded = (raw + half_to_even) & np.uint32(~((1 << dropped) - 1) & 0xFFFFFFFF)
+    return rounded.view(np.float32)
+
+
+def encode_shard(content: ShardContent, metadata: ShardMetadata) -> bytes:
+    """The bytes of a shard's Parquet file; the same content and metadata give the same bytes."""
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), BLOCK_LENGTH)
+        for name, values in content.columns()
+    }
+    footer = json.dumps(metadata.to_json(), sort_keys=True, ensure_ascii=False).encode()
+    table = pa.table(arrays).replace_schema_metadata({_FOOTER_KEY: footer})
+    leaf = "{}.list.element"
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_BLOCKS,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=False,
+        # Spark 3.5 reads BYTE_STREAM_SPLIT for floats only.
+        column_encoding={leaf.format(name): "PLAIN" if name == _ID_COLUMN else "BYTE_STREAM_SPLIT" for name in arrays},
+        write_page_checksum=True,
+    )
+    return bytes(sink.getvalue())
+
+
+class ShardReader:
+    """One open shard. Reads row groups on demand; page checksums are verified on the way."""
+
+    def __init__(self, path: str):
+        """Opens a shard and reads its footer.
+
+        Raises:
+            ShardError: it cannot be opened, or is not a shard of this format.
+        """
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(files.open_binary(path), page_checksum_verification=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ShardError(f"{path} cannot be read as Parquet: {error}") from error
+        self.metadata = self._parse_footer()
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def row_groups(self) -> int:
+        """Number of row groups, of 256 blocks each but the last."""
+        return int(self._file.num_row_groups)
+
+    def read_row_group(self, index: int, perplexities: bool = True) -> ShardContent:
+        """Reads one row group.
+
+        Raises:
+            ShardError: a checksum fails or a column has another shape.
+        """
+        return self._read([index], perplexities)
+
+    def read(self, perplexities: bool = True) -> ShardContent:
+        """Reads the whole shard."""
+        return self._read(list(range(self.row_groups)), perplexities)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _read(self, groups: list[int], perplexities: bool) -> ShardContent:
+        wanted = (_ID_COLUMN, *PERPLEXITY_COLUMNS) if perplexities else (_ID_COLUMN,)
+        columns = [name for name in wanted if name in self._file.schema_arrow.names]
+        try:
+            table = self._file.read_row_groups(groups, columns=columns, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ShardError(f"{self.path}, row groups {groups[:1]}…: {error}") from error
+        return ShardContent(**{name: self._to_numpy(table[name]) for name in columns})
+
+    def _to_numpy(self, column: pa.ChunkedArray) -> npt.NDArray[Any]:
+        if column.null_count:
+            raise ShardError(f"{self.path} holds null rows: it was not written by this project")
+        flat = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        if len(flat) != 1:
+            flat = [np.concatenate([np.empty(0, dtype=column.type.value_type.to_pandas_dtype()), *flat])]
+        values: npt.NDArray[Any] = flat[0].reshape(-1, BLOCK_LENGTH)
+        return values
+
+    def _parse_footer(self) -> ShardMetadata:
+        raw = (self._file.schema_arrow.metadata or {}).get(_FOOTER_KEY)
+        if raw is None:
+            raise ShardError(f"{self.path} has no {_FOOTER_KEY.decode()!r} entry in its footer: it is not a shard")
+        try:
+            value = json.loads(raw)
+            version, length = value["format_version"], value["block_length"]
+            metadata = ShardMetadata.from_json(value)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{self.path} has an unreadable footer: {error!r}") from error
+        if version != FORMAT_VERSION or length != BLOCK_LENGTH:
+            raise ShardError(
+                f"{self.path} is of format {version} with blocks of {length} tokens; "
+                f"expected format {FORMAT_VERSION} with {BLOCK_LENGTH}"
+            )
+        ids = pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)
+        types = {_ID_COLUMN: ids} | {name: pa.list_(pa.float32(), BLOCK_LENGTH) for name in PERPLEXITY_COLUMNS}
+        expected = [_ID_COLUMN] if metadata.alm is None else list(types)
+        if self._file.schema_arrow.names != expected or any(
+            not self._file.schema_arrow.field(name).type.equals(types[name]) for name in expected
+        ):
+            raise ShardError(f"{self.path} has other columns than {', '.join(expected)} of {BLOCK_LENGTH} values a row")
+        return metadata

@@ -1,0 +1,84 @@
+"""Keyed noise: random bits that are a pure function of what they are for.
+
+A counter-based generator in the manner of SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195): the key
+names the row, the counter names the use and the position, and a finalizer mixes them. Nothing is carried from one
+draw to the next, so order, batch size, workers and ranks cannot matter; and nothing of it is numpy's, so neither can
+numpy's version.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64 = npt.NDArray[np.uint64]
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_WORD = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What noise is for; each use reads its own stream, so that none of them can lean on another."""
+
+    SELECTION = 0
+    """Which positions are masked."""
+    CORRUPTION = 1
+    """Which of these become `<mask>`, a random token, or stay."""
+    REPLACEMENT = 2
+    """Which random token."""
+    ORDER = 3
+    """In which order blocks are read."""
+
+
+def mix(words: UInt64) -> UInt64:
+    """The finalizer: a bijection of 64-bit words in which every input bit moves about half of the output bits."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def key(*parts: int | UInt64) -> UInt64:
+    """Folds integers and uint64 arrays [N], broadcast against each other, into keys: uint64 [N] (or [1])."""
+    folded = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        # At least one dimension: numpy warns of the intended overflow for scalars only.
+        word = np.atleast_1d(np.asarray(part & _WORD if isinstance(part, int) else part, dtype=np.uint64))
+        folded = mix((folded ^ mix(word + _GOLDEN_GAMMA)) + _GOLDEN_GAMMA)
+    return folded
+
+
+def digest(input_ids: npt.NDArray[np.integer[Any]]) -> UInt64:
+    """One 64-bit word a row, a function of its token ids and their places alone: integers [B, T] -> uint64 [B]."""
+    places = np.arange(1, input_ids.shape[1] + 1, dtype=np.uint64) * _GOLDEN_GAMMA
+    return mix(mix(input_ids.astype(np.uint64) ^ places).sum(axis=1, dtype=np.uint64))
+
+
+def bits(keys: UInt64, stream: Stream, count: int) -> UInt64:
+    """`count` words for each key: uint64 [N] -> uint64 [N, count]."""
+    counters = (np.arange(count, dtype=np.uint64) + np.uint64(int(stream) << 32)) * _GOLDEN_GAMMA
+    return mix(mix(keys[:, None] + counters))
+
+
+def uniform(keys: UInt64, stream: Stream, count: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in the open interval (0, 1): uint64 [N] -> float64 [N, count].
+
+    The upper 53 bits, each interval represented by its middle, so that neither 0 nor 1 comes out.
+    """
+    return ((bits(keys, stream, count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def integers(keys: UInt64, stream: Stream, count: int, below: int) -> npt.NDArray[np.int64]:
+    """Uniform integers in [0, below), below at most 2**31: uint64 [N] -> int64 [N, count].
+
+    Multiply and shift; no value's probability is off by more than 2**-32.
+    """
+    words = bits(keys, stream, count) >> np.uint64(32)
+    return ((words * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
+
+
+def permutation(length: int, *parts: int) -> npt.NDArray[np.int64]:
+    """An order of `range(length)` that depends on `parts` alone: int64 [length]."""
+    return np.argsort(bits(key(*parts), Stream.ORDER, length)[0], kind="stable").astype(np.int64)
