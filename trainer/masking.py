@@ -89,7 +89,7 @@ def probabilities(forward: Floats, backward: Floats, alpha: float) -> npt.NDArra
     return _normalized(_weights(forward, backward, alpha))
 
 
-def draw(
+def draw(  # noqa: PLR0917 - DESIGN fixes the order
     forward: Floats, backward: Floats, input_ids: Ids, alpha: float, seed: int, epoch: int
 ) -> npt.NDArray[np.int64]:
     """Draws M distinct positions of each row from Eq. (4), without replacement.
@@ -199,7 +199,7 @@ class HardnessCollator:
         """Fixes the law and the seed.
 
         Args:
-            vocabulary: of the shards (`ShardReader.metadata.vocabulary`) or of a tokenizer (`scorer.tokenizer.describe`).
+            vocabulary: of the shards (`ShardReader.metadata`) or of a tokenizer (`scorer.tokenizer.describe`).
             alpha: from 0 (all hardness) to inf (uniform).
             seed: of the masks.
 
@@ -229,9 +229,7 @@ class HardnessCollator:
                 f"the batch has no {', '.join(missing)}: pass remove_unused_columns=False to the Trainer, "
                 "and read hardness shards, not block shards"
             )
-        input_ids, forward, backward = (
-            np.stack([np.asarray(feature[name]) for feature in features]) for name in self._COLUMNS
-        )
+        input_ids, forward, backward = (stack(features, name) for name in self._COLUMNS)
         epochs = np.array([int(feature.get("epoch", self._epoch)) for feature in features])
         masked = np.empty(input_ids.shape, dtype=np.int64)
         labels = np.empty(input_ids.shape, dtype=np.int64)
@@ -248,6 +246,11 @@ class HardnessCollator:
         return corrupt(input_ids, positions, self._vocabulary, self.seed, epoch)
 
 
+def stack(features: Sequence[Mapping[str, Any]], name: str) -> npt.NDArray[Any]:
+    """One column of a list of rows: [B, T]."""
+    return np.stack([np.asarray(feature[name]) for feature in features])
+
+
 def _row_keys(input_ids: Ids, seed: int, epoch: int) -> noise.UInt64:
     return noise.key(seed, epoch, noise.digest(input_ids))
 
@@ -261,7 +264,8 @@ def _weights(forward: Floats, backward: Floats, alpha: float) -> npt.NDArray[np.
 def _normalized(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rows over their L1 norm; rows of zeros stay. Scaled by the largest first, so that no sum overflows."""
     largest = weights.max(axis=1, keepdims=True)
-    scaled = np.divide(weights, largest, out=np.zeros_like(weights), where=largest > 0)
+    scaled = np.zeros_like(weights)
+    np.divide(weights, largest, out=scaled, where=largest > 0)
     norm = scaled.sum(axis=1, keepdims=True)
     np.divide(scaled, norm, out=scaled, where=norm > 0)
     return scaled

@@ -1,0 +1,90 @@
+"""`python -m trainer.replay`: what a run masks, drawn again from outside it by the very code that trains."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from scorer import files
+from scorer.console import run_command
+from scorer.errors import ConfigurationError
+from scorer.manifest import TOKENIZER_FOLDER
+from scorer.shards import ShardContent
+from scorer.tokenizer import load_tokenizer
+from trainer.masking import IGNORED_LABEL, HardnessCollator
+from trainer.reader import ShardCorpus
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    flags = _parser().parse_args(list(arguments))
+    corpus = ShardCorpus(flags.shards)
+    collator = HardnessCollator(corpus.vocabulary, flags.alpha, flags.seed)
+    tokenizer = None if flags.json else load_tokenizer(files.join(corpus.folders[0], TOKENIZER_FOLDER))
+    for masked in replay(corpus, collator, flags.shard, flags.rows, flags.epochs):
+        if tokenizer is None:
+            print(json.dumps(masked))
+        else:
+            print(f"epoch {masked['epoch']}, shard {masked['shard']}, row {masked['row']}:", end=" ")
+            print(f"{len(masked['masked_positions'])} positions drawn with alpha = {masked['alpha']}")
+            print(tokenizer.decode(masked["input_ids"]), end="\n\n")
+    return 0
+
+
+def replay(
+    corpus: ShardCorpus, collator: HardnessCollator, shard: int, rows: range, epochs: range
+) -> Iterator[dict[str, Any]]:
+    """Yields one JSON object per epoch and row: what the model sees, and where it was masked.
+
+    Raises:
+        ConfigurationError: there is no such shard or row.
+    """
+    reader = corpus.open(shard)
+    content: ShardContent = reader.read()
+    reader.close()
+    if rows.stop > len(content):
+        raise ConfigurationError(f"--rows {rows.start}:{rows.stop}: shard {shard} holds rows 0 to {len(content) - 1}")
+    for epoch in epochs:
+        for row in rows:
+            feature = {name: values[row] for name, values in content.columns()}
+            batch = collator([feature | {"epoch": epoch}])
+            yield {
+                "epoch": epoch,
+                "shard": shard,
+                "row": row,
+                "alpha": "inf" if math.isinf(collator.alpha) else collator.alpha,
+                "masked_positions": np.flatnonzero(batch["labels"][0].numpy() != IGNORED_LABEL).tolist(),
+                "input_ids": batch["input_ids"][0].tolist(),
+            }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.replay",
+        description="Prints the masks that a run draws; ranges are half-open, from 0.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="folders of hardness shards")
+    parser.add_argument("--alpha", type=float, required=True, help="from 0 (all hardness) to inf (uniform)")
+    parser.add_argument("--seed", type=int, default=42, help="of the run (default: 42, as Trainer's)")
+    parser.add_argument("--epochs", type=_range, default=range(1), metavar="FROM:TO", help="(default: 0:1)")
+    parser.add_argument("--shard", type=int, default=0, help="counted over the folders in order (default: 0)")
+    parser.add_argument("--rows", type=_range, default=range(1), metavar="FROM:TO", help="of the shard (default: 0:1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line; otherwise text")
+    return parser
+
+
+def _range(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (first.isdigit() and (last.isdigit() or not colon)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a half-open range as in 0:3")
+    return range(int(first), int(last) if colon else int(first) + 1)
+
+
+if __name__ == "__main__":
+    run_command(main)

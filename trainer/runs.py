@@ -1,0 +1,216 @@
+"""What both trainers share around Hugging Face's Trainer: the recipe's batch, resuming, and where results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from scorer import files
+from scorer.errors import ConfigurationError
+from scorer.manifest import TOKENIZER_FOLDER
+from scorer.tokenizer import fingerprint, load_tokenizer
+from scorer.vocabulary import require_same_vocabulary
+from trainer.reader import RowGroup, ShardCorpus, TrainingStream, steps_per_epoch
+
+COMPLETE_MARK = "complete.json"
+"""Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
+
+_RESULTS = "all_results.json"
+_ArgumentsT = TypeVar("_ArgumentsT")
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments with what every run over shards needs."""
+
+    global_batch_size: int = field(
+        default=2560,
+        metadata={"help": "blocks an optimizer step, over all devices; gradient accumulation follows from it"},
+    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of the run"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
+    report_to: str | list[str] | None = field(default="tensorboard", metadata={"help": "where metrics are logged"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "must stay off: the collator needs the perplexities"}
+    )
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "must stay: the stream is in the run's order already"}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what Trainer would not."""
+        if not self.output_dir:
+            raise ConfigurationError("--output_dir is missing: the folder for checkpoints, the model and the results")
+        if self.global_batch_size < 1:
+            raise ConfigurationError(f"--global_batch_size {self.global_batch_size}: expected at least 1")
+        if self.remove_unused_columns or self.train_sampling_strategy != "sequential":
+            raise ConfigurationError(
+                "leave --remove_unused_columns off and --train_sampling_strategy sequential: the perplexities are "
+                "unused by the model, and the order is the stream's"
+            )
+        super().__post_init__()
+
+
+def parse(arguments: Sequence[str], module: str, *types: type[_ArgumentsT]) -> tuple[Any, ...]:
+    """Parses command-line flags into dataclasses; an unknown flag is an error, with the usage."""
+    parser = HfArgumentParser(types, prog=f"python -m {module}", allow_abbrev=False)
+    for action in parser._actions:  # Trainer's help texts are not written for argparse's % formatting
+        action.help = (action.help or "").replace("%", "%%") if "%(" not in (action.help or "") else action.help
+    try:
+        namespace = parser.parse_args(list(arguments))
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(str(error)) from error
+    values = vars(namespace)
+    return tuple(_instance(type_, values) for type_ in types)
+
+
+def _instance(type_: Any, values: Mapping[str, Any]) -> Any:
+    names = {field_.name for field_ in dataclasses.fields(type_) if field_.init}
+    try:
+        return type_(**{name: value for name, value in values.items() if name in names})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def load_corpus_tokenizer(corpus: ShardCorpus, name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the shards' folder, or another one that has the same vocabulary.
+
+    Raises:
+        ConfigurationError: it is missing or of another vocabulary.
+    """
+    path = name or files.join(corpus.folders[0], TOKENIZER_FOLDER)
+    tokenizer = load_tokenizer(path)
+    require_same_vocabulary(
+        corpus.manifests[0].tokenizer,
+        fingerprint(tokenizer),
+        f"the shards in {corpus.folders[0]} and the tokenizer {path}",
+        "pass the tokenizer that the corpus was tokenized with, or leave --tokenizer_name out",
+    )
+    return tokenizer
+
+
+def plan_stream(arguments: RecipeArguments, corpus: ShardCorpus, groups: Sequence[RowGroup]) -> TrainingStream:
+    """Fixes the run's length from the global batch, and lays its blocks out as one stream.
+
+    Sets `gradient_accumulation_steps`, `max_steps` and `num_train_epochs` of the arguments: to Trainer the whole run
+    is one epoch over the stream, so that it resumes by skipping positions and not by reading them.
+
+    Raises:
+        ConfigurationError: the batch does not divide, or is larger than the corpus.
+    """
+    at_once = arguments.train_batch_size * arguments.world_size
+    accumulation, rest = divmod(arguments.global_batch_size, at_once)
+    if rest or accumulation < 1:
+        raise ConfigurationError(
+            f"--global_batch_size {arguments.global_batch_size} is no multiple of {at_once} = "
+            f"--per_device_train_batch_size {arguments.per_device_train_batch_size} x devices: change one of them"
+        )
+    if arguments.gradient_accumulation_steps not in (1, accumulation):
+        raise ConfigurationError(
+            f"--gradient_accumulation_steps {arguments.gradient_accumulation_steps} contradicts --global_batch_size, "
+            f"from which {accumulation} follows: leave it out"
+        )
+    epoch = steps_per_epoch(sum(map(len, groups)), arguments.global_batch_size)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * epoch)
+    arguments.gradient_accumulation_steps = accumulation
+    arguments.max_steps = steps
+    arguments.num_train_epochs = 1
+    return TrainingStream(corpus, groups, arguments.global_batch_size, steps, arguments.seed)
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint once every process has written its part; Trainer itself writes checkpoints file by file."""
+
+    def __init__(self, run: Mapping[str, Any]):
+        """Takes what identifies the run; a resume with another one is refused."""
+        self._run = dict(run)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes the mark."""
+        args.distributed_state.wait_for_everyone()
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and os.path.isdir(checkpoint):
+            files.replace(os.path.join(checkpoint, COMPLETE_MARK), files.to_json(self._run))
+
+
+def newest_checkpoint(output_dir: str, run: Mapping[str, Any]) -> str | None:
+    """The newest complete checkpoint of a run, or None.
+
+    Raises:
+        ConfigurationError: it is of another run; the message says what differs.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if (path / COMPLETE_MARK).exists()]
+    if not folders:
+        return None
+    newest = max(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = json.loads((newest / COMPLETE_MARK).read_text())
+    # Through JSON, as the mark went: tuples become lists.
+    wanted = json.loads(files.to_json(dict(run)))
+    differing = [
+        f"{key} was {_shown(found.get(key))}, now {_shown(value)}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise ConfigurationError(
+            f"{newest} belongs to another run: {'; '.join(differing)}. "
+            "Choose another --output_dir, or the same settings"
+        )
+    return str(newest)
+
+
+def train(trainer: Trainer, run: Mapping[str, Any]) -> None:
+    """Trains from where the output folder stands, saves the model, evaluates, and writes `all_results.json`."""
+    arguments = trainer.args
+    checkpoint = newest_checkpoint(arguments.output_dir, run)
+    trainer.add_callback(MarkComplete(run))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+
+
+def read_results(output_dir: str) -> dict[str, float]:
+    """What `train` wrote: metrics by name."""
+    results: dict[str, float] = files.read_json(os.path.join(output_dir, _RESULTS))
+    return results
+
+
+def identify(corpus: ShardCorpus, arguments: RecipeArguments, **more: Any) -> dict[str, Any]:
+    """What makes two runs the same run: the data, its order, the schedule, and `more`."""
+    return {
+        "shards": corpus.fingerprint,
+        "seed": arguments.seed,
+        "global_batch_size": arguments.global_batch_size,
+        "max_steps": arguments.max_steps,
+        "learning_rate": arguments.learning_rate,
+        **more,
+    }
+
+
+def seed_everything(arguments: TrainingArguments) -> None:
+    """Seeds the initial weights and dropout; masks and order have their own, keyed noise."""
+    set_seed(arguments.seed)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}…"

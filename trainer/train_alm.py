@@ -1,0 +1,159 @@
+"""`python -m trainer.train_alm`: block shards to a bidirectional auto-regressive LM."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, Trainer
+
+from scorer.alm import READING_DIRECTION, Direction
+from scorer.console import run_command
+from scorer.vocabulary import Vocabulary
+from trainer import runs
+from trainer.masking import IGNORED_LABEL, stack
+from trainer.models import ModelArguments, build_model
+from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, open_corpus
+from trainer.runs import RecipeArguments
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_TYPE = "gpt2"
+PAPER_ALM = {"n_layer": 6, "n_embd": 512, "n_head": 8, "n_positions": 512}
+"""Each direction; GPT-2's dropout is 0.1 by default, as the paper's."""
+
+
+@dataclass
+class AlmArguments:
+    """What is an ALM's own."""
+
+    blocks: list[str] = field(default_factory=list, metadata={"help": "folders of block shards (or hardness shards)"})
+    validation_blocks: list[str] | None = field(
+        default=None, metadata={"help": "folders to evaluate on; default: the last blocks of each of --blocks"}
+    )
+    direction: Literal["forward", "backward", "both"] = field(
+        default="both", metadata={"help": "which direction to train"}
+    )
+
+
+@dataclass
+class AlmRecipe(RecipeArguments):
+    """The paper's recipe for the ALM: 2 epochs, lr 5e-4, batch 2,560, Adam. Warm-up is ours; the paper names none."""
+
+    num_train_epochs: float = field(default=2.0, metadata={"help": "times that the blocks are read"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak, after warm-up"})
+
+
+class CausalCollator:
+    """Batches for one direction: the backward model reads each block reversed.
+
+    Every token is learned, separators too; evaluation counts ordinary tokens only, since the frame's end is trivial.
+    """
+
+    def __init__(self, direction: Direction):
+        """Fixes the direction."""
+        self._reverse = direction == "backward"
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """`input_ids` and `labels`, int64 [B, T], in reading order; the model shifts the labels itself."""
+        ids = torch.from_numpy(stack(features, "input_ids").astype(np.int64))
+        if self._reverse:
+            ids = ids.flip(1)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class AlmTrainer(Trainer):
+    """Trainer that evaluates by token: exp of the mean NLL, and next-token accuracy, over ordinary tokens."""
+
+    def __init__(self, vocabulary: Vocabulary, **settings: Any):
+        """Takes Trainer's settings, and the vocabulary that says which tokens are ordinary."""
+        self._is_special = vocabulary.special_mask()
+        super().__init__(compute_metrics=self._metrics, preprocess_logits_for_metrics=nll_and_correctness, **settings)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        targets = prediction.label_ids[:, 1:]
+        is_ordinary = (targets != IGNORED_LABEL) & ~self._is_special[np.maximum(targets, 0)]
+        scores: npt.NDArray[np.float32] = prediction.predictions[is_ordinary]
+        nll, accuracy = scores.astype(np.float64).mean(axis=0)
+        return {"perplexity": math.exp(nll), "accuracy": float(accuracy)}
+
+
+def nll_and_correctness(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Float32 [B, T-1, 2]: the NLL in nats of each next token, and 1 where it was the most likely one.
+
+    Takes the place of [B, T, vocabulary] logits before Trainer gathers them over the evaluation set.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    predicted, targets = logits[:, :-1].float(), labels[:, 1:]
+    nll = functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return torch.stack([nll, (predicted.argmax(-1) == targets).float()], dim=-1)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command."""
+    alm, model, recipe = runs.parse(arguments, "trainer.train_alm", AlmArguments, ModelArguments, AlmRecipe)
+    if not (model.model_name_or_path or model.config_name or model.model_type):
+        model.model_type = DEFAULT_MODEL_TYPE
+    corpus, groups, held_out = open_corpus(alm.blocks, alm.validation_blocks, perplexities=False)
+    tokenizer = runs.load_corpus_tokenizer(corpus, model.tokenizer_name)
+    if recipe.should_save:
+        tokenizer.save_pretrained(recipe.output_dir)
+    directions: list[Direction] = ["forward", "backward"] if alm.direction == "both" else [alm.direction]
+    for direction in directions:
+        own_recipe = copy.copy(recipe)
+        own_recipe.output_dir = os.path.join(recipe.output_dir, direction)
+        train_direction(direction, model, own_recipe, tokenizer, corpus, groups, held_out)
+    return 0
+
+
+def train_direction(  # noqa: PLR0917 - one call, and each argument is a thing of its own
+    direction: Direction,
+    model_arguments: ModelArguments,
+    recipe: RecipeArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: ShardCorpus,
+    groups: list[RowGroup],
+    held_out: HeldOutBlocks,
+) -> None:
+    """Trains and evaluates one direction into `recipe.output_dir`."""
+    stream = runs.plan_stream(recipe, corpus, groups)
+    logger.info("training the %s ALM: %d steps of %d blocks", direction, recipe.max_steps, recipe.global_batch_size)
+    runs.seed_everything(recipe)
+    model = build_model(
+        AutoModelForCausalLM, model_arguments, corpus.vocabulary, tokenizer, _fresh_defaults(model_arguments)
+    )
+    model.config.reading_direction = READING_DIRECTION[direction]
+    trainer = AlmTrainer(
+        corpus.vocabulary,
+        model=model,
+        args=recipe,
+        train_dataset=stream,
+        eval_dataset=held_out,
+        data_collator=CausalCollator(direction),
+    )
+    runs.train(trainer, runs.identify(corpus, recipe, direction=direction))
+    results = runs.read_results(recipe.output_dir)
+    logger.info(
+        "%s ALM, held-out blocks: perplexity %.2f, next-token accuracy %.1f %%",
+        direction,
+        results["eval_perplexity"],
+        100 * results["eval_accuracy"],
+    )
+
+
+def _fresh_defaults(arguments: ModelArguments) -> Mapping[str, Any]:
+    return PAPER_ALM if arguments.model_type == DEFAULT_MODEL_TYPE else {}
+
+
+if __name__ == "__main__":
+    run_command(main)
