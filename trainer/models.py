@@ -53,7 +53,7 @@ def build_model(
         fresh_defaults: settings of a fresh model's configuration where only its type is given.
 
     Raises:
-        ConfigurationError: none or two are named, it cannot be loaded, or does not fit the vocabulary or the block length.
+        ConfigurationError: none or two are named, it cannot be loaded, or it does not fit the vocabulary or the blocks.
     """
     if arguments.model_name_or_path is not None and (arguments.config_name or arguments.model_type):
         raise ConfigurationError(

@@ -46,7 +46,10 @@ class RecipeArguments(TrainingArguments):
     )
     warmup_steps: float = field(default=0.1, metadata={"help": "steps, or below 1 a share of the run"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
-    report_to: str | list[str] | None = field(default="tensorboard", metadata={"help": "where metrics are logged"})
+    # HfArgumentParser wants None first.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="tensorboard", metadata={"help": "where metrics are logged"}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay off: the collator needs the perplexities"}
     )
