@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import apache_beam as beam
 import torch
-from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline import jobs
@@ -19,7 +18,7 @@ from pipeline.jobs import BlockInput, TextInput
 from pipeline.options import command_parser, parse, text_format
 from pipeline.plan import Configuration, Plan, adopt_plan, read_plan
 from pipeline.publication import Provenance
-from pipeline.scoring import AlmHandler, ScoringSettings
+from pipeline.scoring import AlmHandler, Score, ScoringSettings
 from pipeline.transforms import PUBLISHED, PlannedSplits, Publish, ReadBlockShard, Tokenize, WriteManifest
 from scorer import files
 from scorer.alm import DTYPES, check_alm, fingerprint_alm, require_device
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         published = (
             splits.missing
             | "Tokenize" >> beam.ParDo(read)
-            | "Score" >> RunInference(AlmHandler(settings, vocabulary).with_no_batching())
+            | "Score" >> Score(AlmHandler(settings, vocabulary))
             | "Publish" >> beam.ParDo(Publish(flags.output, provenance))
         )
         (splits[PUBLISHED], published) | WriteManifest(flags.output, plan)

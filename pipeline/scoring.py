@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import torch
-from apache_beam.ml.inference.base import ModelHandler
+from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from pipeline.publication import ScoredSplit
 from pipeline.tokenization import TokenizedSplit
@@ -58,6 +59,22 @@ class AlmHandler(ModelHandler[TokenizedSplit, ScoredSplit, BidirectionalALM]):
         for tokenized in batch:
             with _SCORING:
                 yield score_split(model, tokenized, self._vocabulary, self._settings.micro_batch)
+
+
+class Score(beam.PTransform):
+    """Tokenized splits to scored ones through RunInference, one split a call."""
+
+    def __init__(self, handler: AlmHandler):
+        super().__init__()
+        self._handler = handler
+
+    def expand(self, tokenized: beam.PCollection) -> beam.PCollection:
+        """Applies the transform."""
+        return (
+            tokenized
+            | "One split a batch" >> beam.Map(lambda split: [split])
+            | "ALM" >> RunInference(self._handler.with_no_batching())
+        )
 
 
 def score_split(

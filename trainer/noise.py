@@ -65,9 +65,10 @@ def bits(keys: UInt64, stream: Stream, count: int) -> UInt64:
 def uniform(keys: UInt64, stream: Stream, count: int) -> npt.NDArray[np.float64]:
     """Uniform numbers in the open interval (0, 1): uint64 [N] -> float64 [N, count].
 
-    The upper 53 bits, each interval represented by its middle, so that neither 0 nor 1 comes out.
+    The upper 52 bits, each interval represented by its middle, so that neither 0 nor 1 comes out. With one bit more
+    the middle of the last interval would round to 1.
     """
-    return ((bits(keys, stream, count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((bits(keys, stream, count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def integers(keys: UInt64, stream: Stream, count: int, below: int) -> npt.NDArray[np.int64]:
