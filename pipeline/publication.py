@@ -218,11 +218,8 @@ def _receipt(tokenized: TokenizedSplit, metadata: ShardMetadata, data: bytes) ->
 
 
 def _published_content_sha256(path: str) -> str:
-    reader = ShardReader(path)
-    try:
+    with ShardReader(path) as reader:
         return reader.read().sha256()
-    finally:
-        reader.close()
 
 
 def _merge_rejects(receipts: list[Receipt]) -> bytes:

@@ -88,12 +88,12 @@ class ReadBlockShard(beam.DoFn):
 
     def process(self, element: Split) -> Iterator[TokenizedSplit]:
         """One split, which is one block shard."""
-        reader = ShardReader(files.join(self._folder, element.shard))
-        metadata = reader.metadata
+        with ShardReader(files.join(self._folder, element.shard)) as reader:
+            metadata, content = reader.metadata, reader.read(perplexities=False)
         receipt = read_receipt(self._folder, element.index)
         yield TokenizedSplit(
             split=element,
-            input_ids=reader.read(perplexities=False).input_ids,
+            input_ids=content.input_ids,
             source=metadata.split,
             documents=metadata.documents,
             leftover_tokens=metadata.leftover_tokens,
@@ -101,7 +101,6 @@ class ReadBlockShard(beam.DoFn):
             lines=receipt.lines if receipt else {},
             rejects=receipt.rejects if receipt else [],
         )
-        reader.close()
 
 
 class Publish(beam.DoFn):

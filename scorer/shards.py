@@ -209,9 +209,11 @@ class ShardReader:
         """Reads the whole shard."""
         return self._read(list(range(self.row_groups)), perplexities)
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close(force=True)
 
     def _read(self, groups: list[int], perplexities: bool) -> ShardContent:
         wanted = (_ID_COLUMN, *PERPLEXITY_COLUMNS) if perplexities else (_ID_COLUMN,)

@@ -102,11 +102,8 @@ class ShardCorpus:
         Raises:
             ShardError: the file is not the one in the manifest.
         """
-        reader = self.open(group.shard)
-        try:
+        with self.open(group.shard) as reader:
             content = reader.read_row_group(group.index, self._perplexities)
-        finally:
-            reader.close()
         rows = slice(group.start, group.stop)
         return ShardContent(**{name: values[rows] for name, values in content.columns()})
 
@@ -152,9 +149,8 @@ class ShardCorpus:
     def _read_vocabulary(self) -> Vocabulary:
         if not self._shards:
             raise ConfigurationError(f"{', '.join(self.folders)} hold no shards")
-        reader = ShardReader(self._shards[0][0])
-        reader.close()
-        return reader.metadata.vocabulary
+        with ShardReader(self._shards[0][0]) as reader:
+            return reader.metadata.vocabulary
 
 
 def hold_out(folders: Sequence[Sequence[RowGroup]]) -> tuple[list[RowGroup], list[RowGroup]]:

@@ -14,7 +14,6 @@ from scorer import files
 from scorer.console import run_command
 from scorer.errors import ConfigurationError
 from scorer.manifest import TOKENIZER_FOLDER
-from scorer.shards import ShardContent
 from scorer.tokenizer import load_tokenizer
 from trainer.masking import IGNORED_LABEL, HardnessCollator
 from trainer.reader import ShardCorpus
@@ -44,9 +43,8 @@ def replay(
     Raises:
         ConfigurationError: there is no such shard or row.
     """
-    reader = corpus.open(shard)
-    content: ShardContent = reader.read()
-    reader.close()
+    with corpus.open(shard) as reader:
+        content = reader.read()
     if rows.stop > len(content):
         raise ConfigurationError(f"--rows {rows.start}:{rows.stop}: shard {shard} holds rows 0 to {len(content) - 1}")
     for epoch in epochs:
