@@ -1,4 +1,4 @@
-"""Small real things for the tests: a byte-level BPE, an ALM of two random GPT-2s, and folders of shards made with them."""
+"""Small real things for the tests: a byte-level BPE, an ALM of two random GPT-2s, folders of shards made with them."""
 
 from __future__ import annotations
 

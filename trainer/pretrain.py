@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     runs.seed_everything(recipe)
     model = build_model(AutoModelForMaskedLM, model_arguments, corpus.vocabulary, tokenizer, {})
     trainer = MaskedLmTrainer(
-        evaluations={"uniform": math.inf, "own": data.alpha},
+        evaluations={"uniform": math.inf, "hardness": 0.0, "own": data.alpha},
         vocabulary=corpus.vocabulary,
         model=model,
         args=recipe,

@@ -1,0 +1,1 @@
+"""Whole runs that show what the project does, and at what speed."""
