@@ -1,7 +1,8 @@
 """Masked-LM evaluation on fixed masks.
 
 The loss on each alpha's own masks measures the masks as much as the model. So every model is also held to one fixed
-uniform mask, and to the masks of pure hardness. Evaluation masks come from seed 0 and epoch 0, whatever the run's seed: they are the same for all runs.
+uniform mask, and to the masks of pure hardness. Evaluation masks come from seed 0 and epoch 0, whatever the run's
+seed: they are the same for all runs.
 """
 
 from __future__ import annotations

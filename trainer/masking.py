@@ -224,7 +224,7 @@ class HardnessCollator:
         Raises:
             ConfigurationError: a feature lacks a column.
         """
-        if missing := [name for name in self._COLUMNS if name not in features[0]]:
+        if missing := [name for name in self._COLUMNS if any(name not in feature for feature in features)]:
             raise ConfigurationError(
                 f"the batch has no {', '.join(missing)}: pass remove_unused_columns=False to the Trainer, "
                 "and read hardness shards, not block shards"
