@@ -29,11 +29,11 @@ from scorer.vocabulary import Vocabulary
 from trainer.reader import RowGroup, ShardCorpus, hold_out
 
 FOLDER = Path("runs/demo")
-VOCABULARY_SIZE = 4096
+VOCABULARY_SIZE = 2048
 ALPHAS = ("0.001", "inf")
 _ALM = "n_layer=2,n_embd=128,n_head=4"
 _MLM = "num_hidden_layers=2,hidden_size=128,num_attention_heads=4,intermediate_size=512"
-_TRAINING = "--global_batch_size 8 --report_to none --logging_steps 25 --save_steps 50 --save_total_limit 1"
+_TRAINING = "--global_batch_size 4 --per_device_train_batch_size 4 --report_to none --logging_steps 25 --save_steps 50 --save_total_limit 1"
 _CONTEXT_TOKENS = 8
 
 console = Console()
@@ -89,7 +89,7 @@ def _stages() -> list[Stage]:
             alm / "backward/all_results.json",
             lambda: _command(
                 f"trainer.train_alm --blocks {blocks} --output_dir {alm} --config_overrides {_ALM} "
-                f"--max_steps 150 --learning_rate 3e-3 {_TRAINING}"
+                f"--max_steps 120 --learning_rate 3e-3 {_TRAINING}"
             ),
         ),
         Stage(
@@ -110,7 +110,7 @@ def _pretraining(alpha: str, shards: Path) -> Stage:
         output / "all_results.json",
         lambda: _command(
             f"trainer.pretrain --shards {shards} --alpha {alpha} --output_dir {output} --model_type roberta "
-            f"--config_overrides {_MLM} --max_steps 200 --learning_rate 2e-3 {_TRAINING}"
+            f"--config_overrides {_MLM} --max_steps 150 --learning_rate 2e-3 {_TRAINING}"
         ),
     )
 

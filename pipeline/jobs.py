@@ -25,6 +25,7 @@ from scorer.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+_LARGE_ARCHIVE_BYTES = 1 << 30
 _VERSIONED = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
 
 
@@ -91,6 +92,15 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
         )
     root = common_folder(paths)
     sizes = {path.removeprefix(root): files.size(path) for path in paths}
+    for name, size in sizes.items():
+        if size > _LARGE_ARCHIVE_BYTES and name.lower().endswith(".gz"):
+            logger.warning(
+                "%s%s has %.1f GB compressed and cannot be cut: one worker reads all of it into one shard; "
+                "smaller archives spread better",
+                root,
+                name,
+                size / 1e9,
+            )
     return TextInput(root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format)
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class ShardArguments:
     """What to train on, and how to mask it."""
 
-    shards: list[str] = field(default_factory=list, metadata={"help": "folders of hardness shards"})
+    shards: list[str] = field(metadata={"help": "folders of hardness shards"})
     validation_shards: list[str] | None = field(
         default=None, metadata={"help": "folders to evaluate on; default: the last blocks of each of --shards"}
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import (
     HfArgumentParser,
@@ -33,7 +32,6 @@ COMPLETE_MARK = "complete.json"
 """Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
 
 _RESULTS = "all_results.json"
-_ArgumentsT = TypeVar("_ArgumentsT")
 
 
 @dataclass
@@ -71,25 +69,18 @@ class RecipeArguments(TrainingArguments):
         super().__post_init__()
 
 
-def parse(arguments: Sequence[str], module: str, *types: type[_ArgumentsT]) -> tuple[Any, ...]:
-    """Parses command-line flags into dataclasses; an unknown flag is an error, with the usage."""
+def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...]:
+    """Parses command-line flags into dataclasses; an unknown or missing flag ends with the usage, exit code 2.
+
+    Raises:
+        ConfigurationError: a value that a dataclass refuses.
+    """
     parser = HfArgumentParser(types, prog=f"python -m {module}", allow_abbrev=False)
-    for action in parser._actions:  # Trainer's help texts are not written for argparse's % formatting
-        action.help = (action.help or "").replace("%", "%%") if "%(" not in (action.help or "") else action.help
     try:
-        namespace = parser.parse_args(list(arguments))
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(str(error)) from error
-    values = vars(namespace)
-    return tuple(_instance(type_, values) for type_ in types)
-
-
-def _instance(type_: Any, values: Mapping[str, Any]) -> Any:
-    names = {field_.name for field_ in dataclasses.fields(type_) if field_.init}
-    try:
-        return type_(**{name: value for name, value in values.items() if name in names})
+        parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
+    return parsed
 
 
 def load_corpus_tokenizer(corpus: ShardCorpus, name: str | None) -> PreTrainedTokenizerBase:

@@ -37,7 +37,7 @@ PAPER_ALM = {"n_layer": 6, "n_embd": 512, "n_head": 8, "n_positions": 512}
 class AlmArguments:
     """What is an ALM's own."""
 
-    blocks: list[str] = field(default_factory=list, metadata={"help": "folders of block shards (or hardness shards)"})
+    blocks: list[str] = field(metadata={"help": "folders of block shards (or hardness shards)"})
     validation_blocks: list[str] | None = field(
         default=None, metadata={"help": "folders to evaluate on; default: the last blocks of each of --blocks"}
     )
