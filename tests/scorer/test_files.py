@@ -1,0 +1,233 @@
+"""Paths through fsspec: publishing whole and once, finding inputs, tidying up. `memory://` stands for object stores."""
+
+import gzip
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scorer import files
+from scorer.errors import ConfigurationError, HardnessError
+
+
+@pytest.fixture(params=["local", "file URL", "memory"])
+def folder(request, tmp_path):
+    """An empty folder on each kind of file system, as a user would write it."""
+    if request.param == "memory":
+        path = f"memory://{uuid.uuid4().hex}"
+        files.make_folder(path)
+        yield path
+        files._resolve(path)[0].rm(path, recursive=True)
+    else:
+        yield str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
+
+
+class TestPublish:
+    def test_first_writer_wins(self, folder):
+        path = files.join(folder, "a.bin")
+        assert files.publish(path, b"first")
+        assert not files.publish(path, b"second")
+        assert files.read_bytes(path) == b"first"
+        assert files.names(folder) == ["a.bin"]
+
+    def test_of_many_writers_exactly_one_publishes(self, tmp_path):
+        path = str(tmp_path / "a.bin")
+        data = [bytes([i]) * 100_000 for i in range(16)]
+        with ThreadPoolExecutor(8) as pool:
+            published = list(pool.map(lambda part: files.publish(path, part), data))
+        assert published.count(True) == 1
+        assert files.read_bytes(path) == data[published.index(True)]
+        assert files.names(str(tmp_path)) == ["a.bin"]
+
+    def test_a_failed_write_leaves_nothing(self, tmp_path, monkeypatch):
+        def fail(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        for write in (files.publish, files.replace):
+            with pytest.raises(OSError, match="No space"):
+                write(str(tmp_path / "a.bin"), b"data")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_temporary_that_vanished_is_said(self, tmp_path, monkeypatch):
+        link = os.link
+
+        def vanish(source, target):
+            os.unlink(source)
+            return link(source, target)
+
+        monkeypatch.setattr(os, "link", vanish)
+        with pytest.raises(FileNotFoundError):
+            files.publish(str(tmp_path / "a.bin"), b"data")
+
+    def test_temporaries_lie_beside_the_file_and_are_no_parquet(self, tmp_path, monkeypatch):
+        seen = []
+        monkeypatch.setattr(os, "link", lambda source, target: seen.append((source, os.listdir(tmp_path))))
+        files.publish(str(tmp_path / "a.parquet"), b"data")
+        ((source, names),) = seen
+        assert Path(source).parent == tmp_path
+        assert names == [Path(source).name]
+        assert files.is_temporary(names[0])
+        assert not names[0].endswith(".parquet")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_replace_writes_over_what_is_there(self, folder):
+        path = files.join(folder, "a.bin")
+        files.replace(path, b"first")
+        files.replace(path, b"second")
+        assert files.read_bytes(path) == b"second"
+        assert files.names(folder) == ["a.bin"]
+
+    @pytest.mark.parametrize("name", ["two words.bin", "ünïcode 文.bin", "[0] * ?.bin", "100%.bin", "#fragment.bin"])
+    def test_any_name_will_do(self, folder, name):
+        path = files.join(folder, name)
+        assert files.publish(path, b"data")
+        assert files.exists(path)
+        assert files.size(path) == 4
+        assert files.read_bytes(path) == b"data"
+        assert files.names(folder) == [name]
+        files.remove(path)
+        assert not files.exists(path)
+
+    def test_set_aside_takes_a_damaged_file_out_of_every_readers_sight(self, folder):
+        path = files.join(folder, "shard-00000-of-00001.parquet")
+        files.publish(path, b"damaged")
+        files.set_aside(path)
+        assert not files.exists(path)
+        (name,) = files.names(folder)
+        assert not name.endswith(".parquet")
+        assert files.read_bytes(files.join(folder, name)) == b"damaged"
+
+
+class TestReading:
+    def test_sizes_hashes_and_json(self, folder):
+        path = files.join(folder, "a.json")
+        files.publish(path, files.to_json({"b": 1, "a": "ü"}))
+        assert files.read_bytes(path).decode() == '{\n  "a": "ü",\n  "b": 1\n}\n'
+        assert files.read_json(path) == {"a": "ü", "b": 1}
+        assert files.size(path) == 26
+        files.replace(path, b"abc")
+        assert files.sha256(path) == ("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", 3)  # NIST's
+
+    def test_what_is_missing(self, folder):
+        path = files.join(folder, "nothing")
+        assert not files.exists(path)
+        assert not files.is_folder(path)
+        assert files.names(path) == []
+        files.remove(path)
+        with pytest.raises(FileNotFoundError):
+            files.read_json(path)
+
+    def test_decompresses_where_asked(self, folder):
+        path = files.join(folder, "a.gz")
+        files.publish(path, gzip.compress(b"text"))
+        with files.open_binary(path, "gzip") as stream:
+            assert stream.read() == b"text"
+
+    def test_is_local(self, tmp_path):
+        assert files.is_local(str(tmp_path))
+        assert files.is_local(f"file://{tmp_path}")
+        assert not files.is_local("memory://a")
+
+    def test_an_unknown_protocol_is_a_configuration_error(self):
+        with pytest.raises(ConfigurationError, match="nosuch://bucket/a"):
+            files.exists("nosuch://bucket/a")
+
+    @pytest.mark.parametrize(
+        ("parts", "joined"),
+        [
+            (("a", "b"), "a/b"),
+            (("a/", "b", "c"), "a/b/c"),
+            (("s3://bucket/", "b"), "s3://bucket/b"),
+            (("/", "a"), "/a"),
+        ],
+    )
+    def test_join(self, parts, joined):
+        assert files.join(*parts) == joined
+
+
+class TestFolders:
+    def test_put_folder_moves_files_into_place(self, folder):
+        target = files.join(folder, "tokenizer")
+        files.put_folder(target, lambda scratch: [Path(scratch, name).write_text(name) for name in "ab"])
+        assert files.names(target) == ["a", "b"]
+        assert files.read_bytes(files.join(target, "b")) == b"b"
+
+    def test_local_folder_gives_a_path_that_libraries_can_read(self, folder):
+        files.make_folder(files.join(folder, "model"))
+        files.publish(files.join(folder, "model", "config.json"), b"{}")
+        with files.local_folder(files.join(folder, "model")) as local:
+            assert Path(local, "config.json").read_bytes() == b"{}"
+
+    def test_remove_temporaries_leaves_everything_else(self, folder):
+        kept = [".hidden", "a.tmp", "shard.parquet", "_manifest.json"]
+        for name in [*kept, ".shard.parquet.0123.tmp"]:
+            files.publish(files.join(folder, name), b"x")
+        files.remove_temporaries(folder)
+        assert files.names(folder) == sorted(kept)
+
+    def test_remove_temporaries_of_no_folder_does_nothing(self, tmp_path):
+        files.remove_temporaries(str(tmp_path / "nothing"))
+
+
+class TestExpand:
+    SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+
+    @pytest.fixture
+    def tree(self, folder):
+        for name in ("b.jsonl", "a.txt", "sub/c.jsonl.gz", "sub/d.JSONL", "notes.md", "[x].txt"):
+            parent = name.rpartition("/")[0]
+            files.make_folder(files.join(folder, parent) if parent else folder)
+            files.publish(files.join(folder, name), b"x")
+        return folder
+
+    def expand(self, tree, *patterns):
+        """Names below the tree."""
+        found = files.expand([files.join(tree, pattern) if pattern else tree for pattern in patterns], self.SUFFIXES)
+        assert all(files.read_bytes(path) == b"x" for path in found)
+        root = tree.removeprefix("file://").removeprefix("memory://") + "/"
+        return [path.partition(root)[2] for path in found]
+
+    def test_a_folder_is_every_file_below_it_with_a_known_suffix(self, tree):
+        assert self.expand(tree, "") == ["[x].txt", "a.txt", "b.jsonl", "sub/c.jsonl.gz", "sub/d.JSONL"]
+
+    def test_order_is_that_given_sorted_within_each_without_repetition(self, tree):
+        assert self.expand(tree, "sub", "b.jsonl", "*.txt", "b.jsonl", "sub/c.jsonl.gz") == [
+            *("sub/c.jsonl.gz", "sub/d.JSONL", "b.jsonl", "[x].txt", "a.txt"),
+        ]
+
+    def test_a_glob_takes_files_only(self, tree):
+        assert self.expand(tree, "*") == ["[x].txt", "a.txt", "b.jsonl", "notes.md"]
+        assert self.expand(tree, "**/*.jsonl*") == ["b.jsonl", "sub/c.jsonl.gz"]
+
+    def test_a_file_whose_name_looks_like_a_glob_is_itself(self, tree):
+        assert self.expand(tree, "[x].txt") == ["[x].txt"]
+
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            ("nothing.txt", "there is no .*nothing.txt"),
+            ("*.csv", r"no file matches .*\*\.csv"),
+            ("[z].txt", r"no file matches .*\[z\]\.txt"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, tree, pattern, message):
+        with pytest.raises(ConfigurationError, match=message):
+            self.expand(tree, pattern)
+
+    def test_one_missing_among_several_is_an_error(self, tree):
+        with pytest.raises(ConfigurationError, match=r"nothing\.txt"):
+            self.expand(tree, "a.txt", "nothing.txt")
+
+    def test_a_folder_without_a_known_suffix_says_which_are_known(self, folder):
+        files.publish(files.join(folder, "notes.md"), b"x")
+        with pytest.raises(ConfigurationError, match=r"holds no file that ends in \.jsonl, \.jsonl\.gz, \.txt"):
+            files.expand([folder], self.SUFFIXES)
+
+
+def test_errors_have_one_root():
+    assert issubclass(ConfigurationError, HardnessError)
+    assert ConfigurationError.exit_code == 2
+    assert HardnessError.exit_code == 1
