@@ -177,11 +177,13 @@ class _Lines:
         self.is_inside_line = False
         """Whether the next line began before the range."""
         self._ahead = b""
-        self._held, self._length, self._is_blank = b"", 0, True
+        self._held, self._length, self._is_blank = bytearray(), 0, True
 
     def open(self) -> None:
         """Goes to the beginning of the range: past a BOM, and with a look back at what it cuts through."""
-        first_bytes = self._read(len(_BOM))
+        first_bytes = b""
+        while len(first_bytes) < len(_BOM) and (more := self._read(len(_BOM) - len(first_bytes))):
+            first_bytes += more
         origin = len(_BOM) if first_bytes == _BOM else 0
         if self.position <= origin:
             self.position = origin
@@ -219,16 +221,21 @@ class _Lines:
         self._length += len(piece)
         self._is_blank = self._is_blank and (not piece or piece.isspace())
         # Two more bytes, for the ending; beyond that the line is counted but no longer kept.
-        self._held = self._held + piece if self._length <= self._max_line_bytes + 2 else b""
+        if self._length <= self._max_line_bytes + 2:
+            self._held += piece
+        else:
+            self._held.clear()
 
     def _finish_line(self) -> _Line:
         is_ours = not self.is_inside_line and self.position < self.end
         self.count += is_ours
-        too_long = self._length > self._max_line_bytes + 2 or len(_without_ending(self._held)) > self._max_line_bytes
+        data = bytes(self._held)
+        too_long = self._length > self._max_line_bytes + 2 or len(_without_ending(data)) > self._max_line_bytes
         number = 0 if self.is_inside_line else self.count
-        line = _Line(number, self.position, self._length, self._held, self._is_blank, too_long)
+        line = _Line(number, self.position, self._length, data, self._is_blank, too_long)
         self.position += self._length
-        self._held, self._length, self._is_blank, self.is_inside_line = b"", 0, True, False
+        self._held.clear()
+        self._length, self._is_blank, self.is_inside_line = 0, True, False
         return line
 
     def _is_blank_before(self, position: int, origin: int) -> bool:

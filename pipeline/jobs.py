@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,14 +16,23 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus import SUFFIXES, TextFormat
-from pipeline.plan import DEFAULT_SPLIT_BYTES, Plan, Split, common_folder, split_block_shards, split_files
+from pipeline.plan import (
+    DEFAULT_SPLIT_BYTES,
+    Plan,
+    Split,
+    common_folder,
+    plan_path,
+    read_plan,
+    split_block_shards,
+    split_files,
+)
 from pipeline.progress import reporting_progress
 from pipeline.publication import check_published
 from scorer import errors, files
 from scorer.errors import ConfigurationError, HardnessError
-from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
+from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
 from scorer.tokenizer import describe, fingerprint, load_tokenizer
-from scorer.vocabulary import Vocabulary
+from scorer.vocabulary import Vocabulary, require_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +53,10 @@ class TextInput:
 
     def splits(self) -> tuple[Split, ...]:
         """Cuts the corpus."""
-        return split_files(self.sizes, self.split_bytes, can_cut=self.text_format.txt_document != "file")
+        return split_files(self.sizes, self.split_bytes, self._is_one_document)
+
+    def _is_one_document(self, file: str) -> bool:
+        return self.text_format.txt_document == "file" and file.lower().endswith(".txt")
 
     def configuration(self) -> dict[str, Any]:
         """The corpus's part of the plan's configuration."""
@@ -62,6 +76,8 @@ class BlockInput:
 
     root: str
     manifest: Manifest
+    vocabulary: Vocabulary
+    """As the plan of the folder has it, frame tokens included."""
 
     def splits(self) -> tuple[Split, ...]:
         """One split a block shard."""
@@ -75,23 +91,38 @@ class BlockInput:
             "text_field": None,
             "txt_document": None,
             "max_document_bytes": None,
-            "input_files": {shard.name: shard.content_sha256 for shard in self.manifest.shards},
+            "input_files": self.fingerprints,
         }
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content fingerprint of each block shard."""
+        return {shard.name: shard.content_sha256 for shard in self.manifest.shards}
 
 
 def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput:
     """Resolves `--input` to text files.
 
     Raises:
-        ConfigurationError: something is missing, or of a form that is not known.
+        ConfigurationError: something is missing, of a form that is not known, or the output of a job.
     """
+    for folder in patterns:
+        if files.exists(plan_path(folder)):
+            raise ConfigurationError(
+                f"{folder} is the output of a job, not text"
+                + ("" if has_manifest(folder) else f", and it is not complete: it has no {MANIFEST_NAME}")
+                + f"; see `python -m pipeline.status {folder}`"
+            )
     paths = files.expand(patterns, SUFFIXES)
     if unknown := [path for path in paths if not path.lower().endswith(SUFFIXES)]:
         raise ConfigurationError(
             f"{unknown[0]}: expected a file that ends in {', '.join(SUFFIXES)} ({len(unknown)} input file(s) do not)"
         )
     root = common_folder(paths)
-    sizes = {path.removeprefix(root): files.size(path) for path in paths}
+    try:
+        sizes = {path.removeprefix(root): files.size(path) for path in paths}
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{error.filename or error} is not there: is it a broken link?") from error
     for name, size in sizes.items():
         if size > _LARGE_ARCHIVE_BYTES and name.lower().endswith(".gz"):
             logger.warning(
@@ -120,12 +151,38 @@ def find_input(patterns: list[str], split_bytes: int | None, text_format: TextFo
     manifest = read_manifest(folders[0])
     if manifest.alm is not None:
         raise ConfigurationError(f"{folders[0]} holds hardness shards, which are scored already: pass block shards")
-    return BlockInput(folders[0], manifest)
+    plan = read_plan(folders[0])
+    if plan is None:
+        raise ConfigurationError(f"{folders[0]} has a manifest but no plan: expected the --output of tokenize_corpus")
+    return BlockInput(folders[0], manifest, Vocabulary.from_json(plan.configuration.tokenizer))
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, start_token: str | None, end_token: str | None) -> Vocabulary:
-    """The vocabulary of a tokenizer; says so where it cannot train a masked LM."""
-    vocabulary = describe(tokenizer, start_token, end_token)
+def read_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, flags: argparse.Namespace, corpus: TextInput | BlockInput
+) -> Vocabulary:
+    """The vocabulary of a tokenizer, framed as the flags say or as the block shards are.
+
+    Raises:
+        ConfigurationError: there are no frame tokens, or block shards have others.
+    """
+    if isinstance(corpus, BlockInput):
+        vocabulary = corpus.vocabulary
+        framed = {"start": (flags.start_token, vocabulary.start_id), "end": (flags.end_token, vocabulary.end_id)}
+        for name, (token, id_) in framed.items():
+            if token is not None and vocabulary.special_ids.get(token) != id_:
+                raise ConfigurationError(
+                    f"--{name}_token {token} is not what the blocks in {corpus.root} are framed with: leave it out"
+                )
+        same = require_same_vocabulary(
+            vocabulary.fingerprints,
+            fingerprint(tokenizer),
+            f"the block shards in {corpus.root} and the tokenizer",
+            "score them with the ALM and tokenizer that they were made for",
+        )
+        if not same:
+            logger.warning("merges or pre-tokenizer of the tokenizer differ from those of the block shards")
+        return vocabulary
+    vocabulary = describe(tokenizer, flags.start_token, flags.end_token)
     if vocabulary.mask_id is None:
         logger.warning("the tokenizer has no mask token: fine for an ALM, but a masked LM cannot be trained on these")
     return vocabulary
@@ -159,11 +216,16 @@ def run_job(folder: str, plan: Plan, options: PipelineOptions, build: Callable[[
     """
     pipeline = beam.Pipeline(options=options)
     build(pipeline)
-    with reporting_progress(folder, plan):
+    with reporting_progress(folder, plan), _without_worker_tracebacks():
         try:
             pipeline.run().wait_until_finish()
+        except HardnessError:
+            raise
         except Exception as error:
-            raise _workers_error(error) or error from error
+            ours = _workers_error(error)
+            if ours is None:
+                raise  # with the worker's traceback, which is in its message
+            raise ours from error
     return check_published(folder, plan)
 
 
@@ -181,10 +243,23 @@ def summarize(folder: str, manifest: Manifest) -> None:
     )
 
 
+@contextmanager
+def _without_worker_tracebacks() -> Iterator[None]:
+    """Keeps Beam from logging a traceback for what `run_job` reports by its message."""
+    logger_of_dofns = logging.getLogger("apache_beam.runners.common")
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger_of_dofns.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger_of_dofns.removeFilter(drop)
+
+
 def _workers_error(error: Exception) -> HardnessError | None:
     """Finds our own error in what a runner made of it: workers report failures as the text of a traceback."""
-    if isinstance(error, HardnessError):
-        return error
     found = re.findall(r"scorer\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", str(error))
     kind = getattr(errors, found[-1][0], None) if found else None
     return kind(found[-1][1]) if kind is not None else None

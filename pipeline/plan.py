@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -106,6 +106,8 @@ def adopt_plan(folder: str, planned: Plan) -> Plan:
     Raises:
         ConfigurationError: the folder's plan has another configuration; the message says what differs.
     """
+    if files.exists(folder) and not files.is_folder(folder):
+        raise ConfigurationError(f"--output {folder} is a file: expected a folder, or a name that is free")
     existing = read_plan(folder)
     if existing is None:
         if any(name.endswith(".parquet") for name in files.names(folder)):
@@ -136,7 +138,9 @@ def common_folder(paths: Iterable[str]) -> str:
     return "/".join(shared) + "/"
 
 
-def split_files(sizes: Mapping[str, int], split_bytes: int, can_cut: bool) -> tuple[Split, ...]:
+def split_files(
+    sizes: Mapping[str, int], split_bytes: int, is_whole: Callable[[str], bool] = lambda _: False
+) -> tuple[Split, ...]:
     """Cuts a corpus into splits of about `split_bytes` of text, in file order.
 
     Small files are packed together. Large ones are cut anywhere: a document belongs to the split that holds its first
@@ -145,14 +149,14 @@ def split_files(sizes: Mapping[str, int], split_bytes: int, can_cut: bool) -> tu
     Args:
         sizes: bytes of each file, by relative name, in corpus order.
         split_bytes: text a split.
-        can_cut: False where a document is a whole file.
+        is_whole: says by its name whether a file is one document, and so is not cut.
     """
     splits: list[list[FileRange]] = [[]]
     filled = 0
     for file, size in sizes.items():
         whole = FileRange(file, 0, size)
         text_bytes = size * (ASSUMED_COMPRESSION_RATIO if whole.is_compressed else 1)
-        if whole.is_compressed or not can_cut:
+        if whole.is_compressed or is_whole(file):
             if filled and filled + text_bytes > split_bytes:
                 splits.append([])
                 filled = 0

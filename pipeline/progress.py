@@ -9,13 +9,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from pipeline.plan import Plan, plan_path
 from scorer import files
+from scorer.errors import HardnessError
 from scorer.manifest import (
     MANIFEST_NAME,
     RECEIPTS_FOLDER,
@@ -57,22 +58,22 @@ class Progress:
 def measure(folder: str, plan: Plan) -> Progress:
     """Reads a folder's progress from receipts, names and sizes; no shard is opened."""
     published, damage = _published(folder, plan)
-    if has_manifest(folder):
+    is_complete = has_manifest(folder)
+    if is_complete:
         damage += _missing_from(folder)
     receipts = [receipt for receipt, _ in published]
     tokens = sum(receipt.tokens for receipt in receipts)
     rate = _rate(published)
-    left = len(plan.splits) - len(published)
     state: State = "running"
     if damage:
         state = "damaged"
-    elif has_manifest(folder):
+    elif is_complete:
         state = "complete"
     elif time.time() - _last_change(folder, [modified for _, modified in published]) > STALLED_SECONDS:
         state = "stalled"
     seconds_left = 0.0 if state == "complete" else None
     if state == "running" and rate and receipts:
-        seconds_left = left * tokens / len(receipts) / rate
+        seconds_left = (len(plan.splits) - len(published)) * tokens / len(receipts) / rate
     return Progress(
         state=state,
         planned=len(plan.splits),
@@ -126,20 +127,28 @@ def _published(folder: str, plan: Plan) -> tuple[list[tuple[Receipt, float]], li
             continue
         path = files.join(folder, split.shard)
         receipt = read_receipt(folder, split.index)
+        try:
+            size, modified = files.size(path), files.modified(path)
+        except FileNotFoundError:
+            continue  # renamed aside since the folder was listed
         if receipt is None:
             damage.append(f"{split.shard} has no receipt that can be read")
-        elif files.size(path) != receipt.bytes:
-            damage.append(f"{split.shard} has {files.size(path)} bytes, its receipt says {receipt.bytes}")
+        elif size != receipt.bytes:
+            damage.append(f"{split.shard} has {size} bytes, its receipt says {receipt.bytes}")
         else:
-            published.append((receipt, files.modified(path)))
+            published.append((receipt, modified))
     return published, damage
 
 
 def _missing_from(folder: str) -> list[str]:
     present = set(files.names(folder))
+    try:
+        manifest = read_manifest(folder)
+    except HardnessError as error:
+        return [str(error)]
     return [
         f"{shard.name} is in {MANIFEST_NAME} but not in the folder"
-        for shard in read_manifest(folder).shards
+        for shard in manifest.shards
         if shard.name not in present
     ]
 
@@ -156,7 +165,10 @@ def _rate(published: list[tuple[Receipt, float]]) -> float | None:
 
 
 def _last_change(folder: str, times: list[float]) -> float:
-    receipts = files.join(folder, RECEIPTS_FOLDER)
+    """When anything of the job was last written; files may vanish while they are looked at."""
+    latest = max(times, default=0.0)
     unfinished = [files.join(folder, name) for name in files.names(folder) if files.is_temporary(name)]
-    candidates = [path for path in (plan_path(folder), receipts, *unfinished) if files.exists(path)]
-    return max([*times, *(files.modified(path) for path in candidates)])
+    for path in (plan_path(folder), files.join(folder, RECEIPTS_FOLDER), *unfinished):
+        with suppress(FileNotFoundError):
+            latest = max(latest, files.modified(path))
+    return latest

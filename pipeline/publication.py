@@ -24,6 +24,7 @@ from scorer.manifest import (
     MANIFEST_NAME,
     RECEIPTS_FOLDER,
     REJECTS_NAME,
+    TOKENIZER_FOLDER,
     Manifest,
     Receipt,
     ShardEntry,
@@ -115,7 +116,7 @@ def publish_split(folder: str, result: TokenizedSplit | ScoredSplit, provenance:
         sha256, length = files.sha256(path)
         if sha256 != receipt.sha256:
             # Another attempt on other hardware was first: same blocks, scores within the stated error. Vouch for it.
-            content_sha256 = _published_content_sha256(path)
+            content_sha256 = _same_blocks_sha256(path, content)
             receipt = replace(receipt, sha256=sha256, bytes=length, content_sha256=content_sha256)
             files.replace(receipt_path(folder, tokenized.split.index), files.to_json(receipt.to_json()))
         return PublishedShard(tokenized.split.index, receipt)
@@ -133,9 +134,9 @@ def write_manifest(folder: str, plan: Plan, published: Iterable[PublishedShard])
     if missing or len(shards) != len(plan.splits):
         raise ShardError(_missing_message(folder, missing, len(plan.splits)))
     receipts = [shard.receipt for shard in shards]
-    files.replace(files.join(folder, REJECTS_NAME), _merge_rejects(receipts))
-    files.remove_temporaries(folder)
-    files.remove_temporaries(files.join(folder, RECEIPTS_FOLDER))
+    files.replace(files.join(folder, REJECTS_NAME), merge_rejects(receipts))
+    for swept in (folder, files.join(folder, RECEIPTS_FOLDER), files.join(folder, TOKENIZER_FOLDER)):
+        files.remove_temporaries(swept)
     manifest = Manifest(
         documents=sum(receipt.documents for receipt in receipts),
         rejected_documents=sum(receipt.rejected_documents for receipt in receipts),
@@ -217,12 +218,17 @@ def _receipt(tokenized: TokenizedSplit, metadata: ShardMetadata, data: bytes) ->
     )
 
 
-def _published_content_sha256(path: str) -> str:
+def _same_blocks_sha256(path: str, ours: ShardContent) -> str:
+    """The content fingerprint of a sound published shard that holds the same blocks as ours."""
     with ShardReader(path) as reader:
-        return reader.read().sha256()
+        published = reader.read()
+    content_sha256 = published.sha256()
+    if content_sha256 != reader.metadata.content_sha256 or not np.array_equal(published.input_ids, ours.input_ids):
+        raise ShardError(f"{path} was published by another attempt with other blocks: did the corpus change meanwhile?")
+    return content_sha256
 
 
-def _merge_rejects(receipts: list[Receipt]) -> bytes:
+def merge_rejects(receipts: list[Receipt]) -> bytes:
     """JSON lines in plan order, their line numbers made absolute by the lines of the splits before."""
     lines_before: Counter[str] = Counter()
     merged = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 
 import apache_beam as beam
@@ -38,16 +39,11 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
     flags, options = parse(_parser(), arguments)
     corpus = jobs.find_input(flags.input, flags.split_bytes, text_format(flags))
+    for warning in check_alm(flags.alm):
+        logger.warning("%s", warning)
     tokenizer = load_tokenizer(_tokenizer_path(flags, corpus))
-    vocabulary = jobs.read_vocabulary(tokenizer, flags.start_token, flags.end_token)
-    _check_alm(flags.alm, vocabulary)
-    if isinstance(corpus, BlockInput):
-        require_same_vocabulary(
-            corpus.manifest.tokenizer,
-            vocabulary.fingerprints,
-            f"the block shards in {corpus.root} and the tokenizer",
-            "score them with the ALM and tokenizer that they were made for",
-        )
+    vocabulary = jobs.read_vocabulary(tokenizer, flags, corpus)
+    _check_tokenizer(flags.alm, vocabulary)
     settings = _settings(flags, options)
     alm = fingerprint_alm(flags.alm)
     configuration = Configuration(
@@ -70,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         jobs.versions(),
     )
     read = (
-        ReadBlockShard(corpus.root)
+        ReadBlockShard(corpus.root, corpus.fingerprints)
         if isinstance(corpus, BlockInput)
         else Tokenize(flags.output, corpus.root, corpus.text_format, vocabulary)
     )
@@ -117,10 +113,9 @@ def _tokenizer_path(flags: argparse.Namespace, corpus: TextInput | BlockInput) -
     return str(flags.alm)
 
 
-def _check_alm(folder: str, vocabulary: Vocabulary) -> None:
+def _check_tokenizer(folder: str, vocabulary: Vocabulary) -> None:
     """Refuses an ALM of another vocabulary, and warns of what is merely suspicious."""
-    for warning in check_alm(folder, vocabulary.size):
-        logger.warning("%s", warning)
+    check_alm(folder, vocabulary.size)
     if not files.exists(files.join(folder, "tokenizer_config.json")):
         logger.warning("%s has no tokenizer of its own to hold the corpus's against", folder)
         return
@@ -139,7 +134,7 @@ def _settings(flags: argparse.Namespace, options: PipelineOptions) -> ScoringSet
     if flags.micro_batch < 1:
         raise ConfigurationError(f"--micro_batch {flags.micro_batch}: expected at least 1")
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not device.startswith(("cpu", "cuda")):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigurationError(f"--device {device}: expected cpu, cuda or cuda:N")
     if options.view_as(StandardOptions).runner in _LOCAL_RUNNERS:
         require_device(device)

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
 
     corpus = jobs.find_text(flags.input, flags.split_bytes, text_format(flags))
     tokenizer = load_tokenizer(flags.tokenizer)
-    vocabulary = jobs.read_vocabulary(tokenizer, flags.start_token, flags.end_token)
+    vocabulary = jobs.read_vocabulary(tokenizer, flags, corpus)
     configuration = Configuration(
         kind="blocks",
         tokenizer=vocabulary.to_json(),

@@ -5,7 +5,7 @@ DoFns live here, in an installed module, so that workers on other machines can i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import apache_beam as beam
 
@@ -21,6 +21,7 @@ from pipeline.publication import (
 )
 from pipeline.tokenization import SplitTokenizer, TokenizedSplit
 from scorer import files
+from scorer.errors import ShardError
 from scorer.manifest import TOKENIZER_FOLDER, read_receipt
 from scorer.shards import ShardReader
 from scorer.tokenizer import load_tokenizer
@@ -83,14 +84,20 @@ class Tokenize(beam.DoFn):
 class ReadBlockShard(beam.DoFn):
     """Block shards as they are, with their account of documents and rejects."""
 
-    def __init__(self, block_folder: str):
+    def __init__(self, block_folder: str, fingerprints: Mapping[str, str]):
         self._folder = block_folder
+        self._fingerprints = fingerprints
 
     def process(self, element: Split) -> Iterator[TokenizedSplit]:
         """One split, which is one block shard."""
         with ShardReader(files.join(self._folder, element.shard)) as reader:
             metadata, content = reader.metadata, reader.read(perplexities=False)
         receipt = read_receipt(self._folder, element.index)
+        if receipt is None or content.sha256() != self._fingerprints[element.shard]:
+            raise ShardError(
+                f"{files.join(self._folder, element.shard)} or its receipt is not what the manifest lists: "
+                "run tokenize_corpus again; it makes damaged shards anew"
+            )
         yield TokenizedSplit(
             split=element,
             input_ids=content.input_ids,
@@ -98,8 +105,8 @@ class ReadBlockShard(beam.DoFn):
             documents=metadata.documents,
             leftover_tokens=metadata.leftover_tokens,
             rejected_documents=metadata.rejected_documents,
-            lines=receipt.lines if receipt else {},
-            rejects=receipt.rejects if receipt else [],
+            lines=receipt.lines,
+            rejects=receipt.rejects,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,20 @@ import numpy.typing as npt
 from rich.progress import track
 
 from pipeline.plan import Plan, read_plan
+from pipeline.publication import PublishedShard, merge_rejects
 from scorer import files
 from scorer.console import run_command
 from scorer.errors import ConfigurationError, HardnessError, ShardError
-from scorer.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, ShardEntry, read_manifest, read_receipt
+from scorer.manifest import (
+    MANIFEST_NAME,
+    REJECTS_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Receipt,
+    ShardEntry,
+    read_manifest,
+    read_receipt,
+)
 from scorer.shards import PERPLEXITY_COLUMNS, ShardContent, ShardMetadata, ShardReader
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary
@@ -66,11 +77,10 @@ def _folder_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str]
     for name in files.names(folder):
         if name.endswith(".parquet") and name not in listed:
             yield f"{name}: not in the manifest"
-    receipts = [read_receipt(folder, index) for index in range(len(listed))]
-    for name in ("documents", "rejected_documents", "leftover_tokens"):
-        counted = sum(getattr(receipt, name) for receipt in receipts if receipt)
-        if all(receipts) and counted != getattr(manifest, name):
-            yield f"{MANIFEST_NAME} says {getattr(manifest, name)} {name}, the receipts {counted}"
+    found = [read_receipt(folder, index) for index in range(len(listed))]
+    receipts = [receipt for receipt in found if receipt is not None]
+    if len(receipts) == len(listed):
+        yield from _account_faults(folder, receipts)
     vocabulary = Vocabulary.from_json(plan.configuration.tokenizer)
     if dict(manifest.tokenizer) != vocabulary.fingerprints or manifest.alm != plan.configuration.alm:
         yield f"{MANIFEST_NAME} has other fingerprints than the plan"
@@ -79,6 +89,20 @@ def _folder_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str]
             yield f"{TOKENIZER_FOLDER}/ holds another tokenizer than the plan's"
     except HardnessError as error:
         yield str(error)
+
+
+def _account_faults(folder: str, receipts: list[Receipt]) -> Iterator[str]:
+    """Holds the manifest's counts, as they stand in the file, and the rejects to the receipts."""
+    written = files.read_json(files.join(folder, MANIFEST_NAME))
+    for name in ("documents", "blocks", "tokens", "rejected_documents", "leftover_tokens"):
+        counted = sum(getattr(receipt, name) for receipt in receipts)
+        if written.get(name) != counted:
+            yield f"{MANIFEST_NAME} says {written.get(name)} {name}, the receipts {counted}"
+    path = files.join(folder, REJECTS_NAME)
+    if not files.exists(path):
+        yield f"{REJECTS_NAME} is missing"
+    elif files.read_bytes(path) != merge_rejects(receipts):
+        yield f"{REJECTS_NAME} does not list the rejects of the receipts"
 
 
 def _shard_faults(folder: str, index: int, entry: ShardEntry, plan: Plan) -> Iterator[str]:
@@ -94,7 +118,7 @@ def _shard_faults(folder: str, index: int, entry: ShardEntry, plan: Plan) -> Ite
     receipt = read_receipt(folder, index)
     if receipt is None:
         yield "no receipt that can be read"
-    elif (receipt.sha256, receipt.content_sha256, receipt.blocks) != (entry.sha256, entry.content_sha256, entry.blocks):
+    elif PublishedShard(index, receipt).entry != entry:
         yield "the receipt and the manifest disagree"
     try:
         reader = ShardReader(path)
@@ -102,16 +126,27 @@ def _shard_faults(folder: str, index: int, entry: ShardEntry, plan: Plan) -> Ite
         yield str(error)
         return
     with reader:
-        yield from _footer_faults(reader, entry, plan)
+        yield from _footer_faults(reader, entry, plan, index)
+        if receipt is not None:
+            yield from _count_faults(reader.metadata, receipt)
         yield from _content_faults(reader, entry)
 
 
-def _footer_faults(reader: ShardReader, entry: ShardEntry, plan: Plan) -> Iterator[str]:
+def _count_faults(metadata: ShardMetadata, receipt: Receipt) -> Iterator[str]:
+    for name in ("documents", "rejected_documents", "leftover_tokens"):
+        if getattr(metadata, name) != getattr(receipt, name):
+            yield f"its footer says {getattr(metadata, name)} {name}, its receipt {getattr(receipt, name)}"
+
+
+def _footer_faults(reader: ShardReader, entry: ShardEntry, plan: Plan, index: int) -> Iterator[str]:
     metadata = reader.metadata
     if not len(reader) == metadata.blocks == entry.blocks:
         yield f"{len(reader)} rows, its footer says {metadata.blocks}, the manifest {entry.blocks}"
     if metadata.vocabulary != Vocabulary.from_json(plan.configuration.tokenizer):
         yield "its footer names another tokenizer than the plan"
+    ranges = [asdict(range_) for range_ in plan.splits[index].ranges]
+    if plan.configuration.source == "text" and metadata.split != ranges:
+        yield "it was made from another split than the plan has for it"
     if metadata.alm != plan.configuration.alm or metadata.dtype != plan.configuration.dtype:
         yield "its footer names another ALM or dtype than the plan"
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,10 +28,20 @@ from scorer.console import first_line
 from scorer.errors import ConfigurationError
 from scorer.shards import BLOCK_LENGTH
 
+logger = logging.getLogger(__name__)
+
 Direction = Literal["forward", "backward"]
 READING_DIRECTION: dict[Direction, str] = {"forward": "left_to_right", "backward": "right_to_left"}
 """What each folder's config.json says under `reading_direction`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_POSITIONS_COUNT_FROM_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+}
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
@@ -57,10 +69,12 @@ def load_alm(folder: str, device: str = "cpu", dtype: str | torch.dtype | None =
             bfloat16 on CUDA. The log-sum-exp and all after it is float32 whatever this says.
 
     Raises:
-        ConfigurationError: a checkpoint is missing, too short for a block, or reads in the other direction; or the
-            device is not there. Never falls back to another device.
+        ConfigurationError: a checkpoint is missing, damaged, too short for a block, reads in the other direction or
+            is not causal; or the device is not there. Never falls back to another device.
     """
     require_device(device)
+    for warning in check_alm(folder):
+        logger.warning("%s", warning)
     if dtype is None:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -86,8 +100,12 @@ def require_device(device: str) -> None:
         )
 
 
-def check_alm(folder: str, vocabulary_size: int) -> list[str]:
+def check_alm(folder: str, vocabulary_size: int = 0) -> list[str]:
     """Checks an ALM's configuration without loading its weights.
+
+    Args:
+        folder: holds `forward/` and `backward/`.
+        vocabulary_size: ids that it has to know.
 
     Returns:
         Warnings, one a line, for what is suspicious but allowed.
@@ -110,13 +128,44 @@ def check_alm(folder: str, vocabulary_size: int) -> list[str]:
                 f"{folder}/{direction} knows {config['vocab_size']} ids, the tokenizer has {vocabulary_size}: "
                 "score with the tokenizer that the ALM was trained with"
             )
-        positions = config.get("n_positions", config.get("max_position_embeddings", BLOCK_LENGTH))
-        if positions < BLOCK_LENGTH:
+        needed = positions_needed(config.get("model_type", ""), config.get("pad_token_id"))
+        positions = config.get("n_positions", config.get("max_position_embeddings", needed))
+        if positions < needed:
             raise ConfigurationError(
-                f"{folder}/{direction} has {positions} positions, blocks have {BLOCK_LENGTH} tokens: "
-                "train an ALM with as many positions as a block has tokens"
+                f"{folder}/{direction} has {positions} positions, blocks of {BLOCK_LENGTH} tokens need {needed}: "
+                "train an ALM with as many"
             )
     return warnings
+
+
+def positions_needed(model_type: str, pad_token_id: int | None) -> int:
+    """Position embeddings that a block needs: RoBERTa's descendants count from the padding id + 1."""
+    counts_from_padding = model_type in _POSITIONS_COUNT_FROM_PADDING and pad_token_id is not None
+    return BLOCK_LENGTH + (pad_token_id + 1 if counts_from_padding and pad_token_id is not None else 0)
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel, name: str) -> None:
+    """Checks that no logit depends on a later token, which would make Eq. (1) meaningless.
+
+    `AutoModelForCausalLM` loads encoders too, and only logs that they should have been decoders.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8, device=next(model.parameters()).device).remainder(model.config.vocab_size)[None]
+    changed = ids.clone()
+    changed[0, -1] = 0
+    before, after = (model(input_ids=probe).logits[0, :-1].float() for probe in (ids, changed))
+    model.train(was_training)
+    # Rounding aside, a prefix's logits are the same numbers; NaN is scoring's to report.
+    if bool((before - after).abs().max() > 1e-5 * before.abs().max()):
+        raise ConfigurationError(
+            f"{name} ({model.config.model_type}) sees the tokens that it is to predict: expected a causal LM; "
+            "encoders take is_decoder=True in their configuration"
+        )
 
 
 def fingerprint_alm(folder: str) -> dict[str, str]:
@@ -159,6 +208,12 @@ def _load_direction(folder: str, direction: Direction, dtype: torch.dtype) -> Pr
     checkpoint = files.join(folder, direction)
     try:
         with files.local_folder(checkpoint) as local:
-            return AutoModelForCausalLM.from_pretrained(local, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(local, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(f"{checkpoint} cannot be loaded as a causal LM: {first_line(error)}") from error
+    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ConfigurationError(
+            f"{checkpoint} lacks weights of its own configuration ({', '.join(map(str, absent[:3]))}): is it whole?"
+        )
+    require_causal(model, checkpoint)
+    return model

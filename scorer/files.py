@@ -41,7 +41,7 @@ def is_local(path: str) -> bool:
 
 def join(folder: str, *names: str) -> str:
     """Joins path or URL segments with '/'."""
-    return "/".join([folder.rstrip("/"), *names])
+    return "/".join([folder.removesuffix("/"), *names])
 
 
 def exists(path: str) -> bool:
@@ -206,7 +206,12 @@ def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         filesystem, stripped = _resolve(pattern)
         if filesystem.isdir(stripped):
-            matches = [path for path in filesystem.find(stripped) if path.lower().endswith(suffixes)]
+            # What begins with '_' or '.' is a job's own account or hidden, as every Parquet reader has it.
+            matches = [
+                path
+                for path in filesystem.find(stripped)
+                if path.lower().endswith(suffixes) and not path.rsplit("/", 1)[-1].startswith(("_", "."))
+            ]
             lacking = f"the folder {pattern} holds no file that ends in {', '.join(suffixes)}"
         elif filesystem.exists(stripped) or not _GLOB_CHARACTERS.search(stripped):
             matches = [stripped] if filesystem.exists(stripped) else []

@@ -31,6 +31,8 @@ DEFAULT_MANTISSA_BITS = 10
 _FLOAT32_MANTISSA_BITS = 23
 _FOOTER_KEY = b"hardness"
 _ID_COLUMN = "input_ids"
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises on damaged bytes; a flipped bit in a footer may look like anything."""
 PERPLEXITY_COLUMNS = ("forward_perplexity", "backward_perplexity")
 
 
@@ -184,10 +186,18 @@ class ShardReader:
         """
         self.path = path
         try:
-            self._file = pq.ParquetFile(files.open_binary(path), page_checksum_verification=True)
-        except (pa.ArrowInvalid, OSError) as error:
+            stream = files.open_binary(path)
+        except OSError as error:
+            raise ShardError(f"{path} cannot be opened: {error}") from error
+        try:
+            self._file = pq.ParquetFile(stream, page_checksum_verification=True)
+            self.metadata = self._parse_footer()
+        except _UNREADABLE as error:
+            stream.close()
             raise ShardError(f"{path} cannot be read as Parquet: {error}") from error
-        self.metadata = self._parse_footer()
+        except ShardError:
+            stream.close()
+            raise
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
@@ -220,7 +230,7 @@ class ShardReader:
         columns = [name for name in wanted if name in self._file.schema_arrow.names]
         try:
             table = self._file.read_row_groups(groups, columns=columns, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
+        except _UNREADABLE as error:
             raise ShardError(f"{self.path}, row groups {groups[:1]}…: {error}") from error
         return ShardContent(**{name: self._to_numpy(table[name]) for name in columns})
 
@@ -240,14 +250,14 @@ class ShardReader:
         try:
             value = json.loads(raw)
             version, length = value["format_version"], value["block_length"]
+            if version != FORMAT_VERSION or length != BLOCK_LENGTH:
+                raise ShardError(
+                    f"{self.path} is of format {version} with blocks of {length} tokens; "
+                    f"expected format {FORMAT_VERSION} with {BLOCK_LENGTH}"
+                )
             metadata = ShardMetadata.from_json(value)
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{self.path} has an unreadable footer: {error!r}") from error
-        if version != FORMAT_VERSION or length != BLOCK_LENGTH:
-            raise ShardError(
-                f"{self.path} is of format {version} with blocks of {length} tokens; "
-                f"expected format {FORMAT_VERSION} with {BLOCK_LENGTH}"
-            )
         ids = pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)
         types = {_ID_COLUMN: ids} | {name: pa.list_(pa.float32(), BLOCK_LENGTH) for name in PERPLEXITY_COLUMNS}
         expected = [_ID_COLUMN] if metadata.alm is None else list(types)

@@ -50,8 +50,10 @@ class MaskedLmTrainer(Trainer):
         try:
             for name, collator in self._collators.items():
                 self.data_collator = collator
+                self._eval_dataloaders: dict[str, Any] = {}  # kept with persistent workers, with the collator they had
                 metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-                metrics[f"{metric_key_prefix}_mask_rate"] = metrics[f"{metric_key_prefix}_{name}_mask_rate"]
+            if own_rate := metrics.get(f"{metric_key_prefix}_{name}_mask_rate"):
+                metrics[f"{metric_key_prefix}_mask_rate"] = own_rate
         finally:
             self.data_collator = training_collator
         return metrics

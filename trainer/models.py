@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from scorer.alm import positions_needed
 from scorer.console import first_line
 from scorer.errors import ConfigurationError
 from scorer.shards import BLOCK_LENGTH
@@ -72,7 +74,7 @@ def build_model(
             return auto_class.from_config(config).float()
         # At lr 1e-6 bfloat16 weights would never move, and transformers loads what was saved: ask for float32.
         return auto_class.from_pretrained(arguments.model_name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         source = arguments.model_name_or_path or arguments.config_name or arguments.model_type
         raise ConfigurationError(f"no model can be made from {source}: {first_line(error)}") from error
 
@@ -100,8 +102,8 @@ def _config(
             raise ConfigurationError(
                 f"--model_type {arguments.model_type} is not known to transformers: expected one as in 'roberta'"
             )
-        if _positions_offset(config) and config.max_position_embeddings == BLOCK_LENGTH:
-            config.max_position_embeddings += _positions_offset(config)
+        if getattr(config, "max_position_embeddings", None) == BLOCK_LENGTH:
+            config.max_position_embeddings = positions_needed(config.model_type, config.pad_token_id)
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
     return config
@@ -113,23 +115,10 @@ def _check_fit(config: PreTrainedConfig, vocabulary: Vocabulary) -> None:
             f"the model knows {config.vocab_size} ids, the shards' tokenizer has {vocabulary.size}: "
             "train the model that belongs to the tokenizer, or tokenize the corpus with the model's"
         )
-    needed = BLOCK_LENGTH + _positions_offset(config)
+    needed = positions_needed(config.model_type, config.pad_token_id)
     positions = getattr(config, "max_position_embeddings", needed)
     if positions < needed:
         raise ConfigurationError(
             f"the model has {positions} positions, blocks of {BLOCK_LENGTH} tokens need {needed}: "
             f"pass --config_overrides max_position_embeddings={needed}, or choose a model with as many"
         )
-
-
-def _positions_offset(config: PreTrainedConfig) -> int:
-    """RoBERTa's descendants count positions from the padding index + 1, so they need that many more."""
-    counts_from_padding = {
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "data2vec-text",
-    }
-    return int(config.pad_token_id) + 1 if config.model_type in counts_from_padding else 0

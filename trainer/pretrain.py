@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         data_collator=collator,
         processing_class=tokenizer,
     )
-    runs.train(trainer, runs.identify(corpus, recipe, alpha=str(data.alpha)))
+    runs.train(trainer, runs.identify(corpus, groups, recipe, model, alpha=str(data.alpha)))
     results = runs.read_results(recipe.output_dir)
     logger.info(
         "held-out blocks: loss %.4f on the fixed uniform mask, %.4f on masks of alpha = %s (accuracy %.1f %%)",

@@ -81,7 +81,10 @@ def _range(text: str) -> range:
     first, colon, last = text.partition(":")
     if not (first.isdigit() and (last.isdigit() or not colon)):
         raise argparse.ArgumentTypeError(f"{text}: expected a half-open range as in 0:3")
-    return range(int(first), int(last) if colon else int(first) + 1)
+    found = range(int(first), int(last) if colon else int(first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text}: an empty range; the end is not part of it")
+    return found
 
 
 if __name__ == "__main__":

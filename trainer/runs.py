@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from transformers import (
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -130,18 +133,35 @@ def plan_stream(arguments: RecipeArguments, corpus: ShardCorpus, groups: Sequenc
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint once every process has written its part; Trainer itself writes checkpoints file by file."""
+    """Marks a checkpoint once every process has written its part; Trainer itself writes checkpoints file by file.
 
-    def __init__(self, run: Mapping[str, Any]):
-        """Takes what identifies the run; a resume with another one is refused."""
+    Old checkpoints go only after the new one is marked. Trainer would remove them before, and a crash in between
+    would leave none; so it takes over `save_total_limit`.
+    """
+
+    def __init__(self, run: Mapping[str, Any], keep: int | None):
+        """Takes what identifies the run, and how many checkpoints to keep (None: all)."""
         self._run = dict(run)
+        self._keep = keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Writes the mark."""
+        """Writes the mark, and removes what is older than it may be."""
         args.distributed_state.wait_for_everyone()
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and os.path.isdir(checkpoint):
-            files.replace(os.path.join(checkpoint, COMPLETE_MARK), files.to_json(self._run))
+        if not state.is_world_process_zero or not os.path.isdir(checkpoint):
+            return
+        files.replace(os.path.join(checkpoint, COMPLETE_MARK), files.to_json(self._run))
+        if self._keep is not None:
+            for old in _complete_checkpoints(args.output_dir)[: -max(1, self._keep)]:
+                if str(old) != state.best_model_checkpoint:
+                    (old / COMPLETE_MARK).unlink()  # first, so that a half-removed one is torn
+                    shutil.rmtree(old)
+
+
+def _complete_checkpoints(output_dir: str) -> list[Path]:
+    """Marked checkpoints, oldest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if (path / COMPLETE_MARK).exists()]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def newest_checkpoint(output_dir: str, run: Mapping[str, Any]) -> str | None:
@@ -150,10 +170,10 @@ def newest_checkpoint(output_dir: str, run: Mapping[str, Any]) -> str | None:
     Raises:
         ConfigurationError: it is of another run; the message says what differs.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if (path / COMPLETE_MARK).exists()]
-    if not folders:
+    complete = _complete_checkpoints(output_dir)
+    if not complete:
         return None
-    newest = max(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = complete[-1]
     found = json.loads((newest / COMPLETE_MARK).read_text())
     # Through JSON, as the mark went: tuples become lists.
     wanted = json.loads(files.to_json(dict(run)))
@@ -174,7 +194,8 @@ def train(trainer: Trainer, run: Mapping[str, Any]) -> None:
     """Trains from where the output folder stands, saves the model, evaluates, and writes `all_results.json`."""
     arguments = trainer.args
     checkpoint = newest_checkpoint(arguments.output_dir, run)
-    trainer.add_callback(MarkComplete(run))
+    trainer.add_callback(MarkComplete(run, arguments.save_total_limit))
+    arguments.save_total_limit = None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
@@ -188,14 +209,25 @@ def read_results(output_dir: str) -> dict[str, float]:
     return results
 
 
-def identify(corpus: ShardCorpus, arguments: RecipeArguments, **more: Any) -> dict[str, Any]:
-    """What makes two runs the same run: the data, its order, the schedule, and `more`."""
+def identify(
+    corpus: ShardCorpus, groups: Sequence[RowGroup], arguments: RecipeArguments, model: PreTrainedModel, **more: Any
+) -> dict[str, Any]:
+    """What makes two runs the same run: the data and its order, the model, the schedule, and `more`."""
+    rows = [[group.shard, group.index, group.start, group.stop] for group in groups]
+    configuration = model.config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        configuration.pop(volatile, None)
     return {
         "shards": corpus.fingerprint,
+        "training_rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "model": configuration,
         "seed": arguments.seed,
         "global_batch_size": arguments.global_batch_size,
         "max_steps": arguments.max_steps,
         "learning_rate": arguments.learning_rate,
+        "lr_scheduler_type": str(arguments.lr_scheduler_type),
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
         **more,
     }
 

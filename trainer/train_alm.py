@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, Trainer
 
-from scorer.alm import READING_DIRECTION, Direction
+from scorer.alm import READING_DIRECTION, Direction, require_causal
 from scorer.console import run_command
 from scorer.vocabulary import Vocabulary
 from trainer import runs
@@ -132,6 +132,7 @@ def train_direction(  # noqa: PLR0917 - one call, and each argument is a thing o
     model = build_model(
         AutoModelForCausalLM, model_arguments, corpus.vocabulary, tokenizer, _fresh_defaults(model_arguments)
     )
+    require_causal(model, direction)
     model.config.reading_direction = READING_DIRECTION[direction]
     trainer = AlmTrainer(
         corpus.vocabulary,
@@ -141,7 +142,7 @@ def train_direction(  # noqa: PLR0917 - one call, and each argument is a thing o
         eval_dataset=held_out,
         data_collator=CausalCollator(direction),
     )
-    runs.train(trainer, runs.identify(corpus, recipe, direction=direction))
+    runs.train(trainer, runs.identify(corpus, groups, recipe, model, direction=direction))
     results = runs.read_results(recipe.output_dir)
     logger.info(
         "%s ALM, held-out blocks: perplexity %.2f, next-token accuracy %.1f %%",

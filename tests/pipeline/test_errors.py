@@ -205,12 +205,6 @@ def test_missing_flags_are_named(run_command: Run, corpus_folder: Path, tmp_path
     assert not (tmp_path / "output").exists()
 
 
-def test_dry_run_writes_no_shard(score: Run, tmp_path: Path) -> None:
-    code, _ = score("--dry_run")
-    assert code == 0
-    assert list(tmp_path.glob("output/*.parquet")) == []
-
-
 # --- The ALM and its tokenizer
 
 

@@ -34,7 +34,7 @@ def ranges_of(splits: tuple[Split, ...]) -> list[tuple[str, int, int]]:
 
 @given(sizes=file_sizes, split_bytes=st.integers(1, 300), can_cut=st.booleans())
 def test_splits_cover_every_byte_once_in_order(sizes: dict[str, int], split_bytes: int, can_cut: bool) -> None:
-    splits = split_files(sizes, split_bytes, can_cut)
+    splits = split_files(sizes, split_bytes, lambda _: not can_cut)
     by_file = defaultdict(list)
     for file, start, end in ranges_of(splits):
         by_file[file].append((start, end))
@@ -51,7 +51,7 @@ def test_splits_cover_every_byte_once_in_order(sizes: dict[str, int], split_byte
 
 @given(sizes=file_sizes, split_bytes=st.integers(1, 300))
 def test_shards_are_numbered_and_none_is_without_text(sizes: dict[str, int], split_bytes: int) -> None:
-    splits = split_files(sizes, split_bytes, can_cut=True)
+    splits = split_files(sizes, split_bytes)
     count = len(splits)
     assert count >= 1
     assert [split.index for split in splits] == list(range(count))
@@ -62,7 +62,7 @@ def test_shards_are_numbered_and_none_is_without_text(sizes: dict[str, int], spl
 
 @given(sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=20), split_bytes=st.integers(50, 3000))
 def test_splits_of_plain_text_hold_about_split_bytes(sizes: list[int], split_bytes: int) -> None:
-    splits = split_files({f"{i}.txt": size for i, size in enumerate(sizes)}, split_bytes, can_cut=True)
+    splits = split_files({f"{i}.txt": size for i, size in enumerate(sizes)}, split_bytes)
     lengths = [sum(range_.end - range_.start for range_ in split.ranges) for split in splits]
     assert all(split_bytes / 2 <= length <= split_bytes * 1.5 for length in lengths[:-1])
     assert lengths[-1] <= split_bytes * 1.5
@@ -70,22 +70,22 @@ def test_splits_of_plain_text_hold_about_split_bytes(sizes: list[int], split_byt
 
 def test_small_files_are_packed_together() -> None:
     sizes = {f"{i:04d}.txt": 1000 for i in range(1000)}
-    for can_cut in (True, False):
-        splits = split_files(sizes, 100_000, can_cut)
+    for is_whole in (True, False):
+        splits = split_files(sizes, 100_000, lambda _, whole=is_whole: whole)
         assert len(splits) == 10
         assert all(len(split.ranges) == 100 for split in splits)
     archives = {f"{i:04d}.txt.gz": 1000 for i in range(300)}
-    assert 5 <= len(split_files(archives, 100_000, can_cut=True)) <= 12  # gzip's ratio on text is about 3
+    assert 5 <= len(split_files(archives, 100_000)) <= 12  # gzip's ratio on text is about 3
 
 
 def test_a_large_archive_is_whole_in_one_split() -> None:
-    splits = split_files({"a.txt": 10, "b.jsonl.gz": 10_000_000, "c.txt": 10}, 100, can_cut=True)
+    splits = split_files({"a.txt": 10, "b.jsonl.gz": 10_000_000, "c.txt": 10}, 100)
     assert ("b.jsonl.gz", 0, 10_000_000) in ranges_of(splits)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"a.txt": 0}, {"a.txt": 0, "b.jsonl": 0, "c.txt.gz": 0}])
 def test_empty_corpora_give_one_split(sizes: dict[str, int]) -> None:
-    assert len(split_files(sizes, 100, can_cut=True)) == 1
+    assert len(split_files(sizes, 100)) == 1
 
 
 @pytest.mark.parametrize(
