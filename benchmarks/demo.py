@@ -33,7 +33,10 @@ VOCABULARY_SIZE = 2048
 ALPHAS = ("0.001", "inf")
 _ALM = "n_layer=2,n_embd=128,n_head=4"
 _MLM = "num_hidden_layers=2,hidden_size=128,num_attention_heads=4,intermediate_size=512"
-_TRAINING = "--global_batch_size 4 --per_device_train_batch_size 4 --report_to none --logging_steps 25 --save_steps 50 --save_total_limit 1"
+_TRAINING = (
+    "--global_batch_size 4 --per_device_train_batch_size 4 --report_to none --logging_steps 25 "
+    "--save_steps 50 --save_total_limit 1"
+)
 _CONTEXT_TOKENS = 8
 
 console = Console()
