@@ -65,8 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         data_collator=collator,
         processing_class=tokenizer,
     )
-    runs.train(trainer, runs.identify(corpus, groups, recipe, model, alpha=str(data.alpha)))
-    results = runs.read_results(recipe.output_dir)
+    results = runs.train(trainer, runs.identify(corpus, groups, recipe, model, alpha=str(data.alpha)))
     logger.info(
         "held-out blocks: loss %.4f on the fixed uniform mask, %.4f on masks of alpha = %s (accuracy %.1f %%)",
         results["eval_uniform_loss"],

@@ -34,8 +34,6 @@ from trainer.reader import RowGroup, ShardCorpus, TrainingStream, steps_per_epoc
 COMPLETE_MARK = "complete.json"
 """Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
 
-_RESULTS = "all_results.json"
-
 
 @dataclass
 class RecipeArguments(TrainingArguments):
@@ -190,8 +188,12 @@ def newest_checkpoint(output_dir: str, run: Mapping[str, Any]) -> str | None:
     return str(newest)
 
 
-def train(trainer: Trainer, run: Mapping[str, Any]) -> None:
-    """Trains from where the output folder stands, saves the model, evaluates, and writes `all_results.json`."""
+def train(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, float]:
+    """Trains from where the output folder stands, saves the model, evaluates, and writes `all_results.json`.
+
+    Returns:
+        The evaluation's metrics, on every process.
+    """
     arguments = trainer.args
     checkpoint = newest_checkpoint(arguments.output_dir, run)
     trainer.add_callback(MarkComplete(run, arguments.save_total_limit))
@@ -199,14 +201,10 @@ def train(trainer: Trainer, run: Mapping[str, Any]) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    trainer.save_metrics("eval", trainer.evaluate())
+    metrics: dict[str, float] = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
     trainer.save_state()
-
-
-def read_results(output_dir: str) -> dict[str, float]:
-    """What `train` wrote: metrics by name."""
-    results: dict[str, float] = files.read_json(os.path.join(output_dir, _RESULTS))
-    return results
+    return metrics
 
 
 def identify(

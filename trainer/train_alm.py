@@ -142,8 +142,7 @@ def train_direction(  # noqa: PLR0917 - one call, and each argument is a thing o
         eval_dataset=held_out,
         data_collator=CausalCollator(direction),
     )
-    runs.train(trainer, runs.identify(corpus, groups, recipe, model, direction=direction))
-    results = runs.read_results(recipe.output_dir)
+    results = runs.train(trainer, runs.identify(corpus, groups, recipe, model, direction=direction))
     logger.info(
         "%s ALM, held-out blocks: perplexity %.2f, next-token accuracy %.1f %%",
         direction,
