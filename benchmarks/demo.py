@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -245,10 +246,10 @@ def _concatenated(contents: Sequence[ShardContent]) -> ShardContent:
 def _in_context(ids: npt.NDArray[np.unsignedinteger], column: int, tokenizer: PreTrainedTokenizerBase) -> str:
     def text(start: int, stop: int) -> str:
         decoded: str = tokenizer.decode(ids[max(1, start) : stop].tolist())
-        return decoded.replace("\n", "⏎").replace("[", "\\[")
+        return escape(decoded.replace("\n", "⏎"))
 
     before, token = text(column - _CONTEXT_TOKENS, column), text(column, column + 1)
-    return f"{before}[bold reverse]{token}[/]{text(column + 1, min(511, column + 1 + _CONTEXT_TOKENS))}"
+    return f"{before}[bold]«{token}»[/]{text(column + 1, min(511, column + 1 + _CONTEXT_TOKENS))}"
 
 
 if __name__ == "__main__":
