@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -68,6 +69,9 @@ class RecipeArguments(TrainingArguments):
                 "unused by the model, and the order is the stream's"
             )
         super().__post_init__()
+        # Pinned memory is for copies to an accelerator; without one torch warns of it at every loader.
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
 
 
 def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...]:
