@@ -176,7 +176,6 @@ class _Lines:
         """Whether the line that holds the byte before the range is blank up to the range."""
         self.is_inside_line = False
         """Whether the next line began before the range."""
-        self._ahead = b""
         self._held, self._length, self._is_blank = bytearray(), 0, True
 
     def open(self) -> None:
@@ -187,10 +186,7 @@ class _Lines:
         origin = len(_BOM) if first_bytes == _BOM else 0
         if self.position <= origin:
             self.position = origin
-            self._ahead = first_bytes[origin:]
-            if not self._is_compressed:
-                self._ahead = b""
-                self._stream.seek(origin)
+            self._stream.seek(origin)
             return
         self._stream.seek(self.position - 1)
         self.is_inside_line = self._stream.read(1) != b"\n"
@@ -211,9 +207,6 @@ class _Lines:
             yield self._finish_line()
 
     def _read(self, count: int) -> bytes:
-        if self._ahead:
-            ahead, self._ahead = self._ahead, b""
-            return ahead
         # read1 returns what was decompressed before an archive breaks off; read would lose it with the exception.
         return cast(bytes, self._stream.read1(count)) if self._is_compressed else self._stream.read(count)  # type: ignore[attr-defined]
 
