@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         published = (
             splits.missing
             | "Tokenize" >> beam.ParDo(read)
-            | "Score" >> Score(AlmHandler(settings, vocabulary))
+            | "Score" >> Score(AlmHandler(settings, vocabulary, flags.output))
             | "Publish" >> beam.ParDo(Publish(flags.output, provenance))
         )
         (splits[PUBLISHED], published) | WriteManifest(flags.output, plan)

@@ -189,8 +189,13 @@ def remove_temporaries(folder: str) -> None:
             remove(join(folder, name))
 
 
+def temporary_name(name: str) -> str:
+    """A name for an unfinished file, which no other writer has and no reader takes for anything."""
+    return f".{name}.{uuid.uuid4().hex}.tmp"
+
+
 def is_temporary(name: str) -> bool:
-    """Says whether a name is one of `publish`'s temporary files."""
+    """Says whether a name is one of `temporary_name`'s."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
@@ -243,7 +248,7 @@ def local_folder(folder: str) -> Iterator[str]:
 @contextmanager
 def _temporary_beside(path: str, data: bytes) -> Iterator[str]:
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, temporary_name(name))
     try:
         with open(temporary, "wb") as stream:
             stream.write(data)
