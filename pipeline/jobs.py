@@ -118,6 +118,8 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
         raise ConfigurationError(
             f"{unknown[0]}: expected a file that ends in {', '.join(SUFFIXES)} ({len(unknown)} input file(s) do not)"
         )
+    if unnameable := [path for path in paths if not _is_utf8(path)]:
+        raise ConfigurationError(f"{unnameable[0]!a}: the file's name is not UTF-8, which plans need: rename it")
     root = common_folder(paths)
     try:
         sizes = {path.removeprefix(root): files.size(path) for path in paths}
@@ -222,6 +224,8 @@ def run_job(folder: str, plan: Plan, options: PipelineOptions, build: Callable[[
         except HardnessError:
             raise
         except Exception as error:
+            if re.search(r"^KeyboardInterrupt\b|: KeyboardInterrupt\b", str(error), re.MULTILINE):
+                raise KeyboardInterrupt from error
             ours = _workers_error(error)
             if ours is None:
                 raise  # with the worker's traceback, which is in its message
@@ -241,6 +245,14 @@ def summarize(folder: str, manifest: Manifest) -> None:
         manifest.leftover_tokens,
         manifest.rejected_documents,
     )
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def write_manifest(folder: str, plan: Plan, published: Iterable[PublishedShard])
     if missing or len(shards) != len(plan.splits):
         raise ShardError(_missing_message(folder, missing, len(plan.splits)))
     receipts = [shard.receipt for shard in shards]
-    files.replace(files.join(folder, REJECTS_NAME), merge_rejects(receipts))
+    files.keep_or_replace(files.join(folder, REJECTS_NAME), merge_rejects(receipts))
     for swept in (folder, files.join(folder, RECEIPTS_FOLDER), files.join(folder, TOKENIZER_FOLDER)):
         files.remove_temporaries(swept)
     manifest = Manifest(
@@ -145,9 +145,7 @@ def write_manifest(folder: str, plan: Plan, published: Iterable[PublishedShard])
         alm=plan.configuration.alm,
         shards=[shard.entry for shard in shards],
     )
-    path, data = files.join(folder, MANIFEST_NAME), files.to_json(manifest.to_json())
-    if not files.publish(path, data) and files.read_bytes(path) != data:
-        files.replace(path, data)
+    files.keep_or_replace(files.join(folder, MANIFEST_NAME), files.to_json(manifest.to_json()))
     return manifest
 
 

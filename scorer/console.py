@@ -13,7 +13,7 @@ from scorer.errors import HardnessError
 def log_to_stderr() -> None:
     """Sends this project's own log lines (INFO and up) and everybody's warnings to standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for package in ("pipeline", "scorer", "trainer"):
+    for package in ("__main__", "pipeline", "scorer", "trainer"):  # a command run by `python -m` is __main__
         logging.getLogger(package).setLevel(logging.INFO)
 
 

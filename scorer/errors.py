@@ -3,6 +3,7 @@
 HardnessError                something a user can act on; the message says what, where, and the way out
 ├── ConfigurationError       wrong flags, paths or mixtures, found before any work (exit code 2)
 ├── ShardError               a shard, receipt or manifest that is missing, damaged or foreign
+├── StorageError             a write that failed: no space, no permission
 └── ScoringError             an ALM that gave something that is not a probability
 """
 
@@ -23,6 +24,10 @@ class ConfigurationError(HardnessError):
 
 class ShardError(HardnessError):
     """A shard, receipt or manifest is missing, damaged, or belongs to something else."""
+
+
+class StorageError(HardnessError):
+    """A file could not be written: no space left, no permission, a read-only file system."""
 
 
 class ScoringError(HardnessError):

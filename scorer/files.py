@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from scorer.errors import ConfigurationError
+from scorer.errors import ConfigurationError, StorageError
 
 _CHUNK_BYTES = 1 << 20
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -117,7 +117,10 @@ def sha256(path: str) -> tuple[str, int]:
 def make_folder(path: str) -> None:
     """Makes a folder and its parents; object stores have none and need none."""
     filesystem, stripped = _resolve(path)
-    filesystem.makedirs(stripped, exist_ok=True)
+    try:
+        filesystem.makedirs(stripped, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the folder {path} cannot be made: {error.strerror or error}") from error
 
 
 def put_folder(path: str, write: Callable[[str], object]) -> None:
@@ -152,6 +155,12 @@ def publish(path: str, data: bytes) -> bool:
             return False
     _sync_folder(stripped)
     return True
+
+
+def keep_or_replace(path: str, data: bytes) -> None:
+    """Like `replace`, but leaves a file alone that holds `data` already."""
+    if not exists(path) or read_bytes(path) != data:
+        replace(path, data)
 
 
 def replace(path: str, data: bytes) -> None:
@@ -250,10 +259,16 @@ def _temporary_beside(path: str, data: bytes) -> Iterator[str]:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, temporary_name(name))
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be written: {error.strerror}; make room or give permission, then run the same "
+                "command again"
+            ) from error
         yield temporary
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -32,6 +32,9 @@ class MaskedLmTrainer(Trainer):
         """
         self.data_collator: Any
         super().__init__(compute_metrics=_metrics, preprocess_logits_for_metrics=_most_likely, **settings)
+        # RoBERTa's forward takes any keyword, from which Trainer concludes that its loss is divided by the items of
+        # the global batch. It is a mean over its own micro-batch, and has to be divided by the accumulation.
+        self.model_accepts_loss_kwargs = False
         self._collators = {
             name: HardnessCollator(vocabulary, alpha, EVALUATION_SEED) for name, alpha in evaluations.items()
         }

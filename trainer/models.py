@@ -96,8 +96,8 @@ def _config(
         }
         if arguments.config_name is not None:
             config = AutoConfig.from_pretrained(arguments.config_name, **ids)
-        elif arguments.model_type in CONFIG_MAPPING:
-            config = CONFIG_MAPPING[arguments.model_type](**ids, **fresh_defaults)
+        elif arguments.model_type is not None and arguments.model_type in CONFIG_MAPPING:
+            config = _fresh_config(arguments.model_type, arguments.config_overrides, {**ids, **fresh_defaults})
         else:
             raise ConfigurationError(
                 f"--model_type {arguments.model_type} is not known to transformers: expected one as in 'roberta'"
@@ -107,6 +107,16 @@ def _config(
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
     return config
+
+
+def _fresh_config(model_type: str, overrides: str | None, settings: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration made with the overrides, so that what follows from them (llama's head_dim) does follow."""
+    config = CONFIG_MAPPING[model_type](**settings)
+    if not overrides:
+        return config
+    config.update_from_string(overrides)  # for the types of the values
+    names = [override.partition("=")[0] for override in overrides.split(",")]
+    return CONFIG_MAPPING[model_type](**(settings | {name: getattr(config, name) for name in names}))
 
 
 def _check_fit(config: PreTrainedConfig, vocabulary: Vocabulary) -> None:

@@ -34,6 +34,19 @@ from trainer.reader import RowGroup, ShardCorpus, TrainingStream, steps_per_epoc
 
 COMPLETE_MARK = "complete.json"
 """Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
+_OPTIMIZATION_FLAGS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "label_smoothing_factor",
+    "learning_rate",
+    "max_grad_norm",
+    "optim_args",
+    "warmup_steps",
+    "weight_decay",
+)
 
 
 @dataclass
@@ -49,6 +62,9 @@ class RecipeArguments(TrainingArguments):
     # HfArgumentParser wants None first.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="tensorboard", metadata={"help": "where metrics are logged"}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "these models use all of their parameters"}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay off: the collator needs the perplexities"}
@@ -204,7 +220,8 @@ def train(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, float]:
     arguments.save_total_limit = None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
+    if checkpoint is None or not checkpoint.endswith(f"-{arguments.max_steps}"):  # else nothing was left to train
+        trainer.save_metrics("train", result.metrics)
     metrics: dict[str, float] = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
@@ -226,10 +243,9 @@ def identify(
         "seed": arguments.seed,
         "global_batch_size": arguments.global_batch_size,
         "max_steps": arguments.max_steps,
-        "learning_rate": arguments.learning_rate,
         "lr_scheduler_type": str(arguments.lr_scheduler_type),
-        "warmup_steps": arguments.warmup_steps,
-        "weight_decay": arguments.weight_decay,
+        "optim": str(arguments.optim),
+        **{name: getattr(arguments, name) for name in _OPTIMIZATION_FLAGS},
         **more,
     }
 

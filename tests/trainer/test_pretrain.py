@@ -189,6 +189,19 @@ class TestTraining:
         for name, expected in models[0].items():
             torch.testing.assert_close(models[1][name], expected, rtol=0, atol=2e-5)
 
+    def test_logged_loss_and_gradient_norm_do_not_depend_on_accumulation(self, run, checkpoint):
+        """Adam does not see a constant factor, but clipping and people do."""
+        off = ("--config_overrides", "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0")
+        logs = []
+        for size in (4, 2, 1):
+            flags = ("--model_name_or_path", checkpoint, *off, "--learning_rate", "1e-3", "--logging_steps", 1)
+            output = run(*flags, "--per_device_train_batch_size", size)
+            history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+            logs.append([(entry["loss"], entry["grad_norm"]) for entry in history if "grad_norm" in entry])
+        assert logs[0]
+        np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+        np.testing.assert_allclose(logs[2], logs[0], rtol=1e-3)
+
     def test_weights_do_not_depend_on_loader_workers(self, run):
         flags = ("--learning_rate", "1e-3", "--alpha", "0.001")
         alone, shared = (run(*flags, "--dataloader_num_workers", workers) for workers in (0, 2))
