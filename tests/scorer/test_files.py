@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scorer import files
-from scorer.errors import ConfigurationError, HardnessError
+from scorer.errors import ConfigurationError, HardnessError, StorageError
 
 
 @pytest.fixture(params=["local", "file URL", "memory"])
@@ -47,7 +47,7 @@ class TestPublish:
 
         monkeypatch.setattr(os, "fsync", fail)
         for write in (files.publish, files.replace):
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(StorageError, match=r"a\.bin cannot be written: No space"):
                 write(str(tmp_path / "a.bin"), b"data")
         assert list(tmp_path.iterdir()) == []
 
