@@ -170,6 +170,7 @@ class TestFolders:
 
     def test_remove_temporaries_of_no_folder_does_nothing(self, tmp_path):
         files.remove_temporaries(str(tmp_path / "nothing"))
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestExpand:
