@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus import SUFFIXES, TextFormat
 from pipeline.plan import (
     DEFAULT_SPLIT_BYTES,
-    Plan,
     Split,
     common_folder,
     plan_path,
@@ -26,10 +20,9 @@ from pipeline.plan import (
     split_block_shards,
     split_files,
 )
-from pipeline.progress import reporting_progress
-from pipeline.publication import check_published
-from scorer import errors, files
-from scorer.errors import ConfigurationError, HardnessError
+from pipeline.sources import BlockSource, Source, TextSource
+from scorer import files
+from scorer.errors import ConfigurationError
 from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
 from scorer.tokenizer import describe, fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary, require_same_vocabulary
@@ -58,6 +51,10 @@ class TextInput:
     def _is_one_document(self, file: str) -> bool:
         return self.text_format.txt_document == "file" and file.lower().endswith(".txt")
 
+    def source(self, folder: str, vocabulary: Vocabulary) -> Source:
+        """How workers read it, with the tokenizer that the job saved in its output folder."""
+        return TextSource(self.root, self.text_format, files.join(folder, TOKENIZER_FOLDER), vocabulary)
+
     def configuration(self) -> dict[str, Any]:
         """The corpus's part of the plan's configuration."""
         return {
@@ -83,6 +80,10 @@ class BlockInput:
         """One split a block shard."""
         return split_block_shards(self.manifest)
 
+    def source(self, folder: str, vocabulary: Vocabulary) -> Source:
+        """How workers read it."""
+        return BlockSource(self.root, {shard.name: shard for shard in self.manifest.shards})
+
     def configuration(self) -> dict[str, Any]:
         """The corpus's part of the plan's configuration."""
         return {
@@ -91,13 +92,8 @@ class BlockInput:
             "text_field": None,
             "txt_document": None,
             "max_document_bytes": None,
-            "input_files": self.fingerprints,
+            "input_files": {shard.name: shard.content_sha256 for shard in self.manifest.shards},
         }
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Content fingerprint of each block shard."""
-        return {shard.name: shard.content_sha256 for shard in self.manifest.shards}
 
 
 def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput:
@@ -209,69 +205,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _VERSIONED}
 
 
-def run_job(folder: str, plan: Plan, options: PipelineOptions, build: Callable[[beam.Pipeline], object]) -> Manifest:
-    """Builds and runs a job, reports while it runs, and holds the folder to the plan afterwards.
-
-    Raises:
-        HardnessError: the job failed, with the message of whatever failed in a worker.
-        ShardError: the runner reported success, but a planned shard is missing.
-    """
-    pipeline = beam.Pipeline(options=options)
-    build(pipeline)
-    with reporting_progress(folder, plan), _without_worker_tracebacks():
-        try:
-            pipeline.run().wait_until_finish()
-        except HardnessError:
-            raise
-        except Exception as error:
-            if re.search(r"^KeyboardInterrupt\b|: KeyboardInterrupt\b", str(error), re.MULTILINE):
-                raise KeyboardInterrupt from error
-            ours = _workers_error(error)
-            if ours is None:
-                raise  # with the worker's traceback, which is in its message
-            raise ours from error
-    return check_published(folder, plan)
-
-
-def summarize(folder: str, manifest: Manifest) -> None:
-    """Says what a finished job left behind."""
-    logger.info(
-        "%s is complete: %d shards, %d documents, %d blocks, %d tokens, %d left over, %d documents rejected",
-        folder,
-        len(manifest.shards),
-        manifest.documents,
-        manifest.blocks,
-        manifest.tokens,
-        manifest.leftover_tokens,
-        manifest.rejected_documents,
-    )
-
-
 def _is_utf8(path: str) -> bool:
     try:
         path.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-@contextmanager
-def _without_worker_tracebacks() -> Iterator[None]:
-    """Keeps Beam from logging a traceback for what `run_job` reports by its message."""
-    logger_of_dofns = logging.getLogger("apache_beam.runners.common")
-
-    def drop(_: logging.LogRecord) -> bool:
-        return False
-
-    logger_of_dofns.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger_of_dofns.removeFilter(drop)
-
-
-def _workers_error(error: Exception) -> HardnessError | None:
-    """Finds our own error in what a runner made of it: workers report failures as the text of a traceback."""
-    found = re.findall(r"scorer\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", str(error))
-    kind = getattr(errors, found[-1][0], None) if found else None
-    return kind(found[-1][1]) if kind is not None else None

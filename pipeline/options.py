@@ -13,8 +13,12 @@ from pipeline.corpus import DEFAULT_MAX_DOCUMENT_BYTES, TextFormat
 from pipeline.plan import DEFAULT_SPLIT_BYTES
 from scorer.errors import ConfigurationError
 
-DEFAULT_RUNNER = "FnApiRunner"
-"""Beam's local runner, in this process. Its DirectRunner would first try to download another one."""
+_DEFAULTS = {
+    "--runner": "FnApiRunner",  # Beam's local runner, in this process; its DirectRunner would download another one
+    "--direct_running_mode": "multi_processing",
+    "--direct_num_workers": "0",  # one a core or GPU
+}
+"""Of Beam's options, where ours differ from Beam's own."""
 
 
 def command_parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -38,6 +42,11 @@ def command_parser(module: str, description: str) -> argparse.ArgumentParser:
         "--txt_document", choices=["blank-line", "line", "file"], default="blank-line", help="what a .txt document is"
     )
     parser.add_argument(
+        "--max_rejected_documents",
+        metavar="LIMIT",
+        help="end with an error beyond so many bad documents, as 100 or 1%% (default: no limit)",
+    )
+    parser.add_argument(
         "--max_document_bytes",
         type=_positive,
         default=DEFAULT_MAX_DOCUMENT_BYTES,
@@ -53,8 +62,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
         ConfigurationError: a flag that neither of us knows; Beam alone would swallow it in silence.
     """
     ours, rest = parser.parse_known_args(list(arguments))
-    if not any(argument.split("=")[0] == "--runner" for argument in rest):
-        rest = [*rest, f"--runner={DEFAULT_RUNNER}"]
+    given = {argument.split("=")[0] for argument in rest}
+    rest = [*rest, *(f"{flag}={value}" for flag, value in _DEFAULTS.items() if flag not in given)]
+    if "--direct_running_mode" in given and "--direct_num_workers" not in given:
+        rest = [*rest, "--direct_num_workers=1"]
     beams = _BeamArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     for options in _descendants(PipelineOptions):
         if "_add_argparse_args" in vars(options):

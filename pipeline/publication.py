@@ -6,18 +6,16 @@ a temporary file that nobody reads, or a shard that the next run accepts; never 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.plan import Plan, Split
-from pipeline.tokenization import TokenizedSplit
+from pipeline.tokenization import Account
 from scorer import files
 from scorer.errors import ShardError
 from scorer.manifest import (
@@ -32,7 +30,7 @@ from scorer.manifest import (
     read_receipt,
     receipt_path,
 )
-from scorer.shards import PERPLEXITY_COLUMNS, ShardContent, ShardMetadata, ShardReader, encode_shard, round_mantissa
+from scorer.shards import ShardBuffer, ShardMetadata, ShardReader, write_shard
 from scorer.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -41,14 +39,12 @@ _PUBLISH_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class ScoredSplit:
-    """A tokenized split with the perplexities of its blocks, in memory between scoring and publication."""
+class Draft:
+    """A shard before it is published."""
 
-    tokenized: TokenizedSplit
-    forward_perplexity: npt.NDArray[np.float32]
-    """float32 [N, 512], exp(nats), not rounded yet; 0 at special tokens."""
-    backward_perplexity: npt.NDArray[np.float32]
-    """float32 [N, 512], likewise."""
+    split: Split
+    rows: ShardBuffer
+    account: Account
     clamped_values: int
 
 
@@ -61,22 +57,24 @@ class Provenance:
     device: str | None
     dtype: str | None
     micro_batch: int | None
-    mantissa_bits: int
     versions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class PublishedShard:
-    """A shard that is in its place and was read back."""
+    """A shard that is in its place and was read back; small, because all of them meet where the manifest is made."""
 
     index: int
-    receipt: Receipt
+    entry: ShardEntry
+    """The shard as the manifest lists it."""
+    documents: int
+    rejected_documents: int
+    leftover_tokens: int
 
-    @property
-    def entry(self) -> ShardEntry:
-        """The shard as the manifest lists it."""
-        receipt = self.receipt
-        return ShardEntry(receipt.shard, receipt.blocks, receipt.bytes, receipt.sha256, receipt.content_sha256)
+    @classmethod
+    def of(cls, index: int, receipt: Receipt) -> PublishedShard:
+        """What a shard's receipt says, less its rejects."""
+        return cls(index, receipt.entry, receipt.documents, receipt.rejected_documents, receipt.leftover_tokens)
 
 
 def find_published(folder: str, split: Split) -> PublishedShard | None:
@@ -89,37 +87,40 @@ def find_published(folder: str, split: Split) -> PublishedShard | None:
         return None
     receipt = read_receipt(folder, split.index)
     if receipt is not None and (receipt.sha256, receipt.bytes) == files.sha256(path):
-        return PublishedShard(split.index, receipt)
+        return PublishedShard.of(split.index, receipt)
     files.remove(files.join(folder, MANIFEST_NAME))
     aside = files.set_aside(path)
     logger.warning("%s does not have the bytes of its receipt; renamed to %s, and made again", path, aside)
     return None
 
 
-def publish_split(folder: str, result: TokenizedSplit | ScoredSplit, provenance: Provenance) -> PublishedShard:
+def publish_split(folder: str, draft: Draft, provenance: Provenance) -> PublishedShard:
     """Writes a split's receipt and shard, and reads the shard back.
 
     Where another attempt at the same split was faster, its shard stays and is vouched for.
+
+    Raises:
+        StorageError: there is no space, or no permission.
     """
-    tokenized = result.tokenized if isinstance(result, ScoredSplit) else result
-    content, clamped = _content(result, provenance.mantissa_bits)
-    metadata = _metadata(tokenized, content, clamped, provenance)
-    data = encode_shard(content, metadata)
-    receipt = _receipt(tokenized, metadata, data)
-    path = files.join(folder, tokenized.split.shard)
+    split, rows = draft.split, draft.rows
+    metadata = _metadata(draft, provenance)
+    path, promised = files.join(folder, split.shard), receipt_path(folder, split.index)
     for _ in range(_PUBLISH_ATTEMPTS):
-        try:
-            files.replace(receipt_path(folder, tokenized.split.index), files.to_json(receipt.to_json()))
-            files.publish(path, data)
-        except FileNotFoundError:
-            continue  # another driver finished and swept our temporary file away
+        with files.staged(path) as temporary:
+            write_shard(temporary, rows.row_groups(), metadata)
+            try:
+                receipt = _receipt(draft, metadata, files.sha256(temporary))
+                files.replace(promised, files.to_json(receipt.to_json()))
+                files.publish_staged(temporary, path)
+            except FileNotFoundError:
+                continue  # another driver finished and swept our temporary file away
         sha256, length = files.sha256(path)
         if sha256 != receipt.sha256:
             # Another attempt on other hardware was first: same blocks, scores within the stated error. Vouch for it.
-            content_sha256 = _same_blocks_sha256(path, content)
+            content_sha256 = _same_blocks_sha256(path, rows)
             receipt = replace(receipt, sha256=sha256, bytes=length, content_sha256=content_sha256)
-            files.replace(receipt_path(folder, tokenized.split.index), files.to_json(receipt.to_json()))
-        return PublishedShard(tokenized.split.index, receipt)
+            files.replace(promised, files.to_json(receipt.to_json()))
+        return PublishedShard.of(split.index, receipt)
     raise ShardError(f"{path} could not be published: its temporary files keep vanishing from the folder")
 
 
@@ -130,23 +131,36 @@ def write_manifest(folder: str, plan: Plan, published: Iterable[PublishedShard])
         ShardError: a planned shard is missing.
     """
     shards = sorted(published, key=lambda shard: shard.index)
-    missing = {split.shard for split in plan.splits} - {shard.receipt.shard for shard in shards}
+    missing = {split.shard for split in plan.splits} - {shard.entry.name for shard in shards}
     if missing or len(shards) != len(plan.splits):
         raise ShardError(_missing_message(folder, missing, len(plan.splits)))
-    receipts = [shard.receipt for shard in shards]
-    files.keep_or_replace(files.join(folder, REJECTS_NAME), merge_rejects(receipts))
-    for swept in (folder, files.join(folder, RECEIPTS_FOLDER), files.join(folder, TOKENIZER_FOLDER)):
-        files.remove_temporaries(swept)
+    files.keep_or_replace(files.join(folder, REJECTS_NAME), merge_rejects(_receipts(folder, plan)))
+    remove_temporaries(folder)
     manifest = Manifest(
-        documents=sum(receipt.documents for receipt in receipts),
-        rejected_documents=sum(receipt.rejected_documents for receipt in receipts),
-        leftover_tokens=sum(receipt.leftover_tokens for receipt in receipts),
+        documents=sum(shard.documents for shard in shards),
+        rejected_documents=sum(shard.rejected_documents for shard in shards),
+        leftover_tokens=sum(shard.leftover_tokens for shard in shards),
         tokenizer=Vocabulary.from_json(plan.configuration.tokenizer).fingerprints,
         alm=plan.configuration.alm,
         shards=[shard.entry for shard in shards],
     )
-    files.keep_or_replace(files.join(folder, MANIFEST_NAME), files.to_json(manifest.to_json()))
+    files.keep_or_replace(files.join(folder, MANIFEST_NAME), [files.to_json(manifest.to_json())])
     return manifest
+
+
+def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
+    """Removes what killed writers left in a folder of shards, if nothing was written to it for that many seconds."""
+    for swept in (folder, files.join(folder, RECEIPTS_FOLDER), files.join(folder, TOKENIZER_FOLDER)):
+        files.remove_temporaries(swept, older_than)
+
+
+def _receipts(folder: str, plan: Plan) -> Iterator[Receipt]:
+    """The receipts of all splits, one at a time, because their rejects may be many."""
+    for split in plan.splits:
+        receipt = read_receipt(folder, split.index)
+        if receipt is None:
+            raise ShardError(f"{receipt_path(folder, split.index)} is gone or damaged: run the same command again")
+        yield receipt
 
 
 def check_published(folder: str, plan: Plan) -> Manifest:
@@ -174,65 +188,59 @@ def _missing_message(folder: str, missing: set[str], planned: int) -> str:
     return f"{folder}: {len(missing)} of {planned} planned shards are missing ({some}…); run the same command again"
 
 
-def _content(result: TokenizedSplit | ScoredSplit, mantissa_bits: int) -> tuple[ShardContent, int]:
-    if isinstance(result, TokenizedSplit):
-        return ShardContent(result.input_ids), 0
-    perplexities = {name: round_mantissa(getattr(result, name), mantissa_bits) for name in PERPLEXITY_COLUMNS}
-    return ShardContent(result.tokenized.input_ids, **perplexities), result.clamped_values
-
-
-def _metadata(
-    tokenized: TokenizedSplit, content: ShardContent, clamped_values: int, provenance: Provenance
-) -> ShardMetadata:
+def _metadata(draft: Draft, provenance: Provenance) -> ShardMetadata:
+    account = draft.account
     return ShardMetadata(
         vocabulary=provenance.vocabulary,
         alm=provenance.alm,
-        split=tokenized.source,
-        documents=tokenized.documents,
-        blocks=len(tokenized.input_ids),
-        rejected_documents=tokenized.rejected_documents,
-        leftover_tokens=tokenized.leftover_tokens,
-        clamped_values=clamped_values,
+        split=account.source,
+        documents=account.documents,
+        blocks=len(draft.rows),
+        rejected_documents=account.rejected_documents,
+        leftover_tokens=account.leftover_tokens,
+        clamped_values=draft.clamped_values,
         device=provenance.device,
         dtype=provenance.dtype,
         micro_batch=provenance.micro_batch,
         versions=provenance.versions,
-        content_sha256=content.sha256(),
+        content_sha256=draft.rows.sha256(),
     )
 
 
-def _receipt(tokenized: TokenizedSplit, metadata: ShardMetadata, data: bytes) -> Receipt:
+def _receipt(draft: Draft, metadata: ShardMetadata, written: tuple[str, int]) -> Receipt:
     return Receipt(
-        shard=tokenized.split.shard,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
+        shard=draft.split.shard,
+        sha256=written[0],
+        bytes=written[1],
         content_sha256=metadata.content_sha256,
         documents=metadata.documents,
         blocks=metadata.blocks,
         rejected_documents=metadata.rejected_documents,
         leftover_tokens=metadata.leftover_tokens,
-        lines=tokenized.lines,
-        rejects=tokenized.rejects,
+        lines=draft.account.lines,
+        rejects=draft.account.rejects,
     )
 
 
-def _same_blocks_sha256(path: str, ours: ShardContent) -> str:
+def _same_blocks_sha256(path: str, ours: ShardBuffer) -> str:
     """The content fingerprint of a sound published shard that holds the same blocks as ours."""
     with ShardReader(path) as reader:
-        published = reader.read()
-    content_sha256 = published.sha256()
-    if content_sha256 != reader.metadata.content_sha256 or not np.array_equal(published.input_ids, ours.input_ids):
-        raise ShardError(f"{path} was published by another attempt with other blocks: did the corpus change meanwhile?")
-    return content_sha256
+        is_same = len(reader) == len(ours) and all(
+            np.array_equal(reader.read_row_group(index, perplexities=False).input_ids, group.input_ids)
+            for index, group in enumerate(ours.row_groups())
+        )
+        if not is_same or reader.read().sha256() != reader.metadata.content_sha256:
+            raise ShardError(
+                f"{path} was published by another attempt with other blocks: did the corpus change meanwhile?"
+            )
+        return reader.metadata.content_sha256
 
 
-def merge_rejects(receipts: list[Receipt]) -> bytes:
+def merge_rejects(receipts: Iterable[Receipt]) -> Iterator[bytes]:
     """JSON lines in plan order, their line numbers made absolute by the lines of the splits before."""
     lines_before: Counter[str] = Counter()
-    merged = []
     for receipt in receipts:
         for reject in receipt.rejects:
             absolute = replace(reject, line=reject.line + lines_before[reject.file])
-            merged.append(json.dumps(asdict(absolute), ensure_ascii=False) + "\n")
+            yield (json.dumps(asdict(absolute), ensure_ascii=False) + "\n").encode()
         lines_before.update(receipt.lines)
-    return "".join(merged).encode()

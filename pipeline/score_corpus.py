@@ -10,20 +10,22 @@ import logging
 import re
 from collections.abc import Sequence
 
-import apache_beam as beam
-import torch
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline import jobs
+from pipeline.failures import Tolerance
+from pipeline.job import LOCAL_RUNNERS, assemble_crew, run_job, summarize
 from pipeline.jobs import BlockInput, TextInput
 from pipeline.options import command_parser, parse, text_format
 from pipeline.plan import Configuration, Plan, adopt_plan, read_plan
 from pipeline.publication import Provenance
-from pipeline.scoring import AlmHandler, Score, ScoringSettings
-from pipeline.transforms import PUBLISHED, PlannedSplits, Publish, ReadBlockShard, Tokenize, WriteManifest
+from pipeline.scoring import AlmScorer, Scorer, Scoring
+from pipeline.shard_making import Recipe
+from pipeline.supervision import Limits
 from scorer import files
-from scorer.alm import DTYPES, check_alm, fingerprint_alm, require_device
+from scorer.alm import DTYPES, check_alm, fingerprint_alm
 from scorer.console import run_command
+from scorer.devices import device_count, require_device
 from scorer.errors import ConfigurationError
 from scorer.manifest import TOKENIZER_FOLDER
 from scorer.shards import DEFAULT_MANTISSA_BITS
@@ -32,68 +34,50 @@ from scorer.vocabulary import Vocabulary, require_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "PrismRunner")
 
+def main(arguments: Sequence[str], scorer: Scorer | None = None) -> int:
+    """Runs the command.
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command."""
-    flags, options = parse(_parser(), arguments)
+    Args:
+        arguments: the command line.
+        scorer: scores in place of an ALM; `--alm` and what goes with it are then no flags, `--tokenizer` is needed
+            for text.
+    """
+    flags, options = parse(_parser(has_scorer=scorer is not None), arguments)
+    tolerance = Tolerance.parse(flags.max_rejected_documents)
     corpus = jobs.find_input(flags.input, flags.split_bytes, text_format(flags))
-    for warning in check_alm(flags.alm):
-        logger.warning("%s", warning)
+    if scorer is None:
+        for warning in check_alm(flags.alm):
+            logger.warning("%s", warning)
     tokenizer = load_tokenizer(_tokenizer_path(flags, corpus))
     vocabulary = jobs.read_vocabulary(tokenizer, flags, corpus)
-    _check_tokenizer(flags.alm, vocabulary)
-    settings = _settings(flags, options)
-    alm = fingerprint_alm(flags.alm)
+    if scorer is None:
+        scorer = _alm_scorer(flags, options, vocabulary)
+    crew = assemble_crew(options, getattr(scorer, "device_name", scorer.device))
     configuration = Configuration(
         kind="hardness",
         tokenizer=vocabulary.to_json(),
-        alm=alm,
-        dtype=settings.dtype,
+        alm=dict(scorer.alm),
+        dtype=scorer.dtype,
         mantissa_bits=flags.mantissa_bits,
         **corpus.configuration(),
     )
     plan = adopt_plan(flags.output, Plan(configuration, corpus.splits()))
     jobs.prepare_output(flags.output, tokenizer, vocabulary)
-    provenance = Provenance(
-        vocabulary,
-        alm,
-        settings.device.partition(":")[0],
-        settings.dtype,
-        settings.micro_batch,
-        flags.mantissa_bits,
-        jobs.versions(),
+    recipe = Recipe(
+        folder=flags.output,
+        source=corpus.source(flags.output, vocabulary),
+        step=Scoring(scorer, vocabulary, flags.mantissa_bits),
+        provenance=Provenance(vocabulary, scorer.alm, scorer.device, scorer.dtype, scorer.micro_batch, jobs.versions()),
     )
-    read = (
-        ReadBlockShard(corpus.root, corpus.fingerprints)
-        if isinstance(corpus, BlockInput)
-        else Tokenize(flags.output, corpus.root, corpus.text_format, vocabulary)
-    )
-
-    def build(pipeline: beam.Pipeline) -> None:
-        splits = pipeline | PlannedSplits(flags.output, plan)
-        published = (
-            splits.missing
-            | "Tokenize" >> beam.ParDo(read)
-            | "Score" >> Score(AlmHandler(settings, vocabulary, flags.output))
-            | "Publish" >> beam.ParDo(Publish(flags.output, provenance))
-        )
-        (splits[PUBLISHED], published) | WriteManifest(flags.output, plan)
-
-    jobs.summarize(flags.output, jobs.run_job(flags.output, plan, options, build))
+    limits = Limits(tolerance, len(plan.splits), 0)
+    summarize(flags.output, run_job(plan, recipe, crew, limits, options))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(has_scorer: bool) -> argparse.ArgumentParser:
     parser = command_parser("pipeline.score_corpus", "Scores every token of a corpus with a bidirectional ALM.")
-    parser.add_argument("--alm", required=True, metavar="DIR", help="holds forward/ and backward/")
     parser.add_argument("--tokenizer", metavar="NAME", help="a folder or a hub name (default: the ALM's)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="(default: the plan's; else bfloat16 on cuda, else float32)"
-    )
-    parser.add_argument("--micro_batch", type=int, default=8, help="blocks a forward pass")
     parser.add_argument(
         "--mantissa_bits",
         type=int,
@@ -102,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="of the stored perplexities, 1 to 23",
     )
+    if has_scorer:
+        return parser
+    parser.add_argument("--alm", required=True, metavar="DIR", help="holds forward/ and backward/")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="(default: the plan's; else bfloat16 on cuda, else float32)"
+    )
+    parser.add_argument("--micro_batch", type=int, default=8, help="blocks a forward pass")
     return parser
 
 
@@ -110,6 +102,8 @@ def _tokenizer_path(flags: argparse.Namespace, corpus: TextInput | BlockInput) -
         return str(flags.tokenizer)
     if isinstance(corpus, BlockInput):
         return files.join(corpus.root, TOKENIZER_FOLDER)
+    if "alm" not in flags:
+        raise ConfigurationError("--tokenizer is missing: expected a folder or a hub name")
     return str(flags.alm)
 
 
@@ -129,20 +123,21 @@ def _check_tokenizer(folder: str, vocabulary: Vocabulary) -> None:
         logger.warning("merges or pre-tokenizer of the tokenizer differ from those the ALM was trained with")
 
 
-def _settings(flags: argparse.Namespace, options: PipelineOptions) -> ScoringSettings:
-    """Resolves device and dtype, and says which."""
+def _alm_scorer(flags: argparse.Namespace, options: PipelineOptions, vocabulary: Vocabulary) -> AlmScorer:
+    """Holds the ALM to the vocabulary, resolves device and dtype, and says which."""
+    _check_tokenizer(flags.alm, vocabulary)
     if flags.micro_batch < 1:
         raise ConfigurationError(f"--micro_batch {flags.micro_batch}: expected at least 1")
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = flags.device or ("cuda" if device_count() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigurationError(f"--device {device}: expected cpu, cuda or cuda:N")
-    if options.view_as(StandardOptions).runner in _LOCAL_RUNNERS:
+    if options.view_as(StandardOptions).runner in LOCAL_RUNNERS:
         require_device(device)
     existing = read_plan(flags.output)
     planned = existing.configuration.dtype if existing else None
     dtype = flags.dtype or planned or ("bfloat16" if device.startswith("cuda") else "float32")
     logger.info("scoring on %s in %s, %d blocks a forward pass", device, dtype, flags.micro_batch)
-    return ScoringSettings(flags.alm, device, dtype, flags.micro_batch)
+    return AlmScorer(flags.alm, fingerprint_alm(flags.alm), device, dtype, flags.micro_batch)
 
 
 if __name__ == "__main__":

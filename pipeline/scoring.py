@@ -1,153 +1,123 @@
-"""The ALM behind Beam's RunInference: one element is a tokenized split, scored in micro-batches."""
+"""Scoring rows of blocks, and what a scorer is: the bidirectional ALM, or any object that gives NLLs."""
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import torch
-from apache_beam.ml.inference.base import ModelHandler, RunInference
 
-from pipeline.publication import ScoredSplit
-from pipeline.tokenization import TokenizedSplit
-from scorer import files
-from scorer.alm import BidirectionalALM, load_alm
+from pipeline.shard_making import FillRows, Rows
+from pipeline.tokenization import Ids
+from scorer.alm import load_alm
+from scorer.devices import claim_device
 from scorer.scoring import MAX_NLL, score_nll, to_perplexity
+from scorer.shards import ShardContent, round_mantissa
 from scorer.vocabulary import Vocabulary
 
-logger = logging.getLogger(__name__)
+Nll = npt.NDArray[np.float32]
+ScoreBlocks = Callable[[Ids], tuple[Nll, Nll]]
+"""Blocks [B, 512] to the NLL of each token in nats, forward and backward: float32 [B, 512], NaN where there is none."""
 
-_REPORT_SECONDS = 15.0
-_SCORING = threading.Lock()
-"""One call at a time on one model, however many threads a worker process has."""
+
+class Scorer(Protocol):
+    """Recipe for scoring. It travels to every worker process, which opens it once."""
+
+    @property
+    def alm(self) -> Mapping[str, str]:
+        """Fingerprints of what gives the scores; another one is refused on resume."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device, for the footer: 'cpu' or 'cuda'."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation, for the footer; another one is refused on resume."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Blocks that are scored at a time."""
+
+    def open(self) -> ScoreBlocks:
+        """Loads what scoring needs; claims the device."""
 
 
 @dataclass(frozen=True)
-class ScoringSettings:
-    """How to load and run the ALM."""
+class AlmScorer:
+    """Both directions of an ALM on one device."""
 
-    alm: str
-    """Its folder."""
-    device: str
+    folder: str
+    """Holds forward/ and backward/."""
+    alm: Mapping[str, str]
+    device_name: str
+    """'cpu', 'cuda' (any that no other process scores on) or 'cuda:1'."""
     dtype: str
     micro_batch: int
-    """Blocks a forward pass."""
+
+    @property
+    def device(self) -> str:
+        """'cpu' or 'cuda'."""
+        return self.device_name.partition(":")[0]
+
+    def open(self) -> ScoreBlocks:
+        """Loads the ALM on a device of its own; never falls back to another one."""
+        alm = load_alm(self.folder, claim_device(self.device_name), self.dtype)
+
+        def score(ids: Ids) -> tuple[Nll, Nll]:
+            forward, backward = score_nll(alm, torch.from_numpy(ids.astype(np.int64)))
+            return forward.cpu().numpy(), backward.cpu().numpy()
+
+        return score
 
 
-class AlmHandler(ModelHandler[TokenizedSplit, ScoredSplit, BidirectionalALM]):
-    """Loads both directions once a process, on the device that was asked for and no other."""
+@dataclass(frozen=True)
+class Scoring:
+    """The step from blocks to the rows of hardness shards."""
 
-    def __init__(self, settings: ScoringSettings, vocabulary: Vocabulary, folder: str):
-        """Takes how to score, what is special, and the folder whose watchers want to know that it goes on."""
-        super().__init__()
-        self._settings = settings
-        self._vocabulary = vocabulary
-        self._folder = folder
+    scorer: Scorer
+    vocabulary: Vocabulary
+    mantissa_bits: int
+    """Of the stored perplexities."""
 
-    def load_model(self) -> BidirectionalALM:
-        """Loads the ALM; raises where the device is missing, instead of falling back to the CPU."""
-        return load_alm(self._settings.alm, self._settings.device, self._settings.dtype)
+    def open(self) -> FillRows:
+        """Opens the scorer."""
+        score = self.scorer.open()
+        one_at_a_time = threading.Lock()
 
-    def run_inference(
-        self, batch: Sequence[TokenizedSplit], model: BidirectionalALM, inference_args: dict[str, Any] | None = None
-    ) -> Iterator[ScoredSplit]:
-        """Scores splits one by one; Beam's own batching is off, so `batch` holds one."""
-        for tokenized in batch:
-            heartbeat = Heartbeat(self._folder, tokenized)
-            try:
-                with _SCORING:
-                    scored = score_split(model, tokenized, self._vocabulary, self._settings.micro_batch, heartbeat.beat)
-            finally:
-                heartbeat.stop()
-            yield scored
+        def fill(ids: Ids) -> Rows:
+            # While one thread of the worker scores, the others read, tokenize and write.
+            with one_at_a_time:
+                return score_rows(score, ids, self.vocabulary, self.scorer.micro_batch, self.mantissa_bits)
+
+        return fill
 
 
-class Heartbeat:
-    """Says every few seconds that a split is being scored: in the log, and by a temporary file in the folder.
-
-    A shard may take longer than the time after which a silent job counts as stalled.
-    """
-
-    def __init__(self, folder: str, tokenized: TokenizedSplit):
-        """Starts the clock; nothing is written before it has run a while."""
-        self._tokenized = tokenized
-        self._path = files.join(folder, files.temporary_name(f"{tokenized.split.shard}.scoring"))
-        self._began = self._reported = time.monotonic()
-
-    def beat(self, done: int) -> None:
-        """Tells how many blocks are scored, if the last report is long enough ago."""
-        now = time.monotonic()
-        if now - self._reported <= _REPORT_SECONDS:
-            return
-        self._reported, seconds = now, now - self._began
-        files.replace(self._path, b"")
-        total, length = self._tokenized.input_ids.shape
-        logger.info(
-            "%s: %d of %d blocks scored, %.0f tokens/s, %.0f s left",
-            self._tokenized.split.shard,
-            done,
-            total,
-            done * length / seconds,
-            (total - done) * seconds / done,
-        )
-
-    def stop(self) -> None:
-        """Removes the file."""
-        files.remove(self._path)
-
-
-class Score(beam.PTransform):
-    """Tokenized splits to scored ones through RunInference, one split a call."""
-
-    def __init__(self, handler: AlmHandler):
-        super().__init__()
-        self._handler = handler
-
-    def expand(self, tokenized: beam.PCollection) -> beam.PCollection:
-        """Applies the transform."""
-        return (
-            tokenized
-            | "One split a batch" >> beam.Map(lambda split: [split])
-            | "ALM" >> RunInference(self._handler.with_no_batching())
-        )
-
-
-def score_split(
-    alm: BidirectionalALM,
-    tokenized: TokenizedSplit,
-    vocabulary: Vocabulary,
-    micro_batch: int,
-    report: Callable[[int], None] = lambda done: None,
-) -> ScoredSplit:
-    """Perplexities of all blocks of a split; 0 at every special token, whichever direction.
+def score_rows(score: ScoreBlocks, ids: Ids, vocabulary: Vocabulary, micro_batch: int, mantissa_bits: int) -> Rows:
+    """Perplexities of blocks, rounded for storage; 0 at every special token, whichever direction.
 
     Args:
-        alm: both directions.
-        tokenized: the blocks.
+        score: gives NLLs.
+        ids: uint16 or uint32 [N, 512].
         vocabulary: says which ids are special.
-        micro_batch: blocks a forward pass.
-        report: told after each forward pass how many blocks are scored.
+        micro_batch: blocks a call of `score`.
+        mantissa_bits: of the stored perplexities.
 
     Source: paper Eq. (1) and (2).
     """
-    ids = tokenized.input_ids
-    perplexities: list[npt.NDArray[np.float32]] = [np.empty(ids.shape, dtype=np.float32) for _ in range(2)]
     is_special = vocabulary.special_mask()[ids]
+    perplexities: list[npt.NDArray[np.float32]] = [np.empty(ids.shape, dtype=np.float32) for _ in range(2)]
     clamped = 0
     for start in range(0, len(ids), micro_batch):
         rows = slice(start, start + micro_batch)
-        nlls = score_nll(alm, torch.from_numpy(ids[rows].astype(np.int64)))
-        for scores, nll in zip(perplexities, nlls, strict=True):
-            clamped += int(np.count_nonzero((nll.cpu().numpy() > MAX_NLL) & ~is_special[rows]))
-            scores[rows] = to_perplexity(nll).cpu().numpy()
-        report(min(len(ids), start + micro_batch))
+        for scores, nll in zip(perplexities, score(ids[rows]), strict=True):
+            clamped += int(np.count_nonzero((nll > MAX_NLL) & ~is_special[rows]))
+            scores[rows] = to_perplexity(torch.from_numpy(nll)).numpy()
     for scores in perplexities:
         scores[is_special] = 0.0
-    return ScoredSplit(tokenized, perplexities[0], perplexities[1], clamped)
+    forward, backward = (round_mantissa(scores, mantissa_bits) for scores in perplexities)
+    return Rows(ShardContent(ids, forward, backward), clamped)

@@ -10,33 +10,33 @@ Documents without a token give nothing. What is left over at the end of the spli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.corpus import Document, RangeReader, TextFormat
+from pipeline.corpus import Document, FileRange, RangeReader, TextFormat
 from pipeline.plan import Split
+from scorer.errors import CorpusError
 from scorer.manifest import Reject
-from scorer.shards import BLOCK_LENGTH, RUN_LENGTH
+from scorer.shards import BLOCK_LENGTH, ROW_GROUP_BLOCKS, RUN_LENGTH
 from scorer.vocabulary import Vocabulary
 
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
+_MAX_REJECTS = 1_000_000
+"""Rejects that one split may list: they are held in memory until its receipt is written."""
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
-class TokenizedSplit:
-    """The blocks of one split, and the account of everything that is not in them."""
+class Account:
+    """What became of a split's documents: all that its blocks do not say."""
 
-    split: Split
-    input_ids: Ids
-    """uint16 or uint32 [N, 512]."""
     source: list[dict[str, Any]]
     """The byte ranges of text behind the blocks, for the shard's footer."""
     documents: int
@@ -47,6 +47,17 @@ class TokenizedSplit:
     """Lines that begin in the split's range of each file."""
     rejects: list[Reject] = field(default_factory=list)
     """Lines relative to the byte range."""
+
+
+class BlockStream(Protocol):
+    """The blocks of one split: iterate once, then ask for the account."""
+
+    def __iter__(self) -> Iterator[Ids]:
+        """Gives uint16 or uint32 [N, 512], 256 blocks at a time but for the last."""
+
+    @property
+    def account(self) -> Account:
+        """What became of the documents, once all blocks were taken."""
 
 
 class DocumentEncoder:
@@ -74,7 +85,7 @@ class DocumentEncoder:
 
 
 class SplitTokenizer:
-    """Reads, encodes and packs one split at a time."""
+    """Reads, encodes and packs splits."""
 
     def __init__(self, root: str, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary):
         self._root = root
@@ -82,71 +93,147 @@ class SplitTokenizer:
         self._vocabulary = vocabulary
         self._encoder = DocumentEncoder(tokenizer, vocabulary)
 
-    def tokenize(self, split: Split) -> TokenizedSplit:
-        """Turns the split's documents into blocks; documents that cannot be used are listed, never raised."""
-        separator = np.array([self._vocabulary.end_id], dtype=self._vocabulary.id_dtype)
-        stream: list[Ids] = []
-        documents = 0
-        rejects: list[Reject] = []
-        lines: dict[str, int] = {}
-        for range_ in split.ranges:
-            reader = RangeReader(self._root, range_, self._format)
-            for document, ids in self._encode(reader):
-                if ids is None:
-                    rejects.append(Reject(range_.file, document.line, document.offset, document.reason or _LOOKALIKE))
-                elif len(ids):
-                    stream += [ids, separator]
-                    documents += 1
-            lines[range_.file] = reader.lines
-        blocks, leftover = pack(stream, self._vocabulary)
-        return TokenizedSplit(
-            split=split,
-            input_ids=blocks,
-            source=[{"file": range_.file, "start": range_.start, "end": range_.end} for range_ in split.ranges],
-            documents=documents,
-            leftover_tokens=leftover,
-            rejected_documents=len(rejects),
-            lines=lines,
-            rejects=rejects,
+    def tokenize(
+        self, split: Split, careful: bool = False, report: Callable[[str], None] = lambda _: None
+    ) -> TextBlocks:
+        """Opens a split; documents that cannot be used are listed in the account, never raised.
+
+        Args:
+            split: what to read.
+            careful: encode document by document, so that `report` names the very one that brings a tokenizer down.
+            report: told before each batch of documents where it begins.
+        """
+        return TextBlocks(
+            split,
+            read=lambda range_: RangeReader(self._root, range_, self._format),
+            encoder=self._encoder,
+            vocabulary=self._vocabulary,
+            batch_documents=1 if careful else _BATCH_DOCUMENTS,
+            report=report,
         )
 
-    def _encode(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids | None]]:
-        for batch in _batches(documents):
+
+class TextBlocks:
+    """The `BlockStream` of a split of text; memory is that of some documents and a row group of blocks."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        read: Callable[[FileRange], RangeReader],
+        encoder: DocumentEncoder,
+        vocabulary: Vocabulary,
+        batch_documents: int,
+        report: Callable[[str], None],
+    ):
+        self._split = split
+        self._read = read
+        self._encoder = encoder
+        self._vocabulary = vocabulary
+        self._batch_documents = batch_documents
+        self._report = report
+        self._documents = self._leftover = 0
+        self._rejects: list[Reject] = []
+        self._lines: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Ids]:
+        self._leftover = yield from pack(self._stream(), self._vocabulary)
+
+    @property
+    def account(self) -> Account:
+        """Where every document went, once all blocks were taken."""
+        return Account(
+            source=[{"file": range_.file, "start": range_.start, "end": range_.end} for range_ in self._split.ranges],
+            documents=self._documents,
+            leftover_tokens=self._leftover,
+            rejected_documents=len(self._rejects),
+            lines=self._lines,
+            rejects=self._rejects,
+        )
+
+    def _stream(self) -> Iterator[Ids]:
+        """The ids of all documents, each followed by the separator."""
+        separator = np.array([self._vocabulary.end_id], dtype=self._vocabulary.id_dtype)
+        for range_ in self._split.ranges:
+            reader = self._read(range_)
+            for document, ids in self._encode(range_, reader):
+                if ids is None:
+                    self._reject(Reject(range_.file, document.line, document.offset, document.reason or _LOOKALIKE))
+                elif len(ids):
+                    self._documents += 1
+                    yield ids
+                    yield separator
+            self._lines[range_.file] = reader.lines
+
+    def _encode(self, range_: FileRange, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids | None]]:
+        for batch in _batches(documents, self._batch_documents):
+            self._report(f"{range_.file}, byte {batch[0].offset}")
             good = [document.text for document in batch if document.text is not None]
             encoded = iter(self._encoder.encode(good))
             for document in batch:
                 yield document, None if document.text is None else next(encoded)
 
+    def _reject(self, reject: Reject) -> None:
+        if len(self._rejects) == _MAX_REJECTS:
+            raise CorpusError(
+                f"{reject.file} has more than {_MAX_REJECTS:,} bad documents in one split; the last, at line "
+                f"{reject.line}: {reject.reason}. Check that it is what its name says, and the flags on its form"
+            )
+        self._rejects.append(reject)
+
 
 _LOOKALIKE = "this tokenizer reads a special token out of the document's plain text"
 
 
-def pack(stream: list[Ids], vocabulary: Vocabulary) -> tuple[Ids, int]:
+def pack(stream: Iterable[Ids], vocabulary: Vocabulary) -> Generator[Ids, None, int]:
     """Cuts a token stream into framed blocks.
 
     Args:
         stream: pieces of ids, separators included; they are concatenated.
         vocabulary: gives the frame tokens and the dtype.
 
+    Yields:
+        ids [256, 512]; the last may have fewer rows, but never none.
+
     Returns:
-        ids [N, 512], and how many tokens (0 to 509) were left over.
+        How many tokens (0 to 509) were left over.
     """
-    tokens = np.concatenate([np.empty(0, dtype=vocabulary.id_dtype), *stream])
-    count, leftover = divmod(len(tokens), RUN_LENGTH)
-    blocks = np.empty((count, BLOCK_LENGTH), dtype=vocabulary.id_dtype)
+    held: list[Ids] = []
+    count = 0
+    for piece in stream:
+        held.append(piece)
+        count += len(piece)
+        if count >= _ROW_GROUP_TOKENS:
+            tokens = np.concatenate(held)
+            whole = count - count % _ROW_GROUP_TOKENS
+            for start in range(0, whole, _ROW_GROUP_TOKENS):
+                yield _frame(tokens[start : start + _ROW_GROUP_TOKENS], vocabulary)
+            held, count = [tokens[whole:].copy()], count - whole
+    runs, leftover = divmod(count, RUN_LENGTH)
+    if runs:
+        yield _frame(np.concatenate(held)[: runs * RUN_LENGTH], vocabulary)
+    return leftover
+
+
+_ROW_GROUP_TOKENS = ROW_GROUP_BLOCKS * RUN_LENGTH
+
+
+def _frame(tokens: Ids, vocabulary: Vocabulary) -> Ids:
+    """Frames the runs of `tokens` [n x 510]: ids [n, 512]."""
+    blocks = np.empty((len(tokens) // RUN_LENGTH, BLOCK_LENGTH), dtype=vocabulary.id_dtype)
     blocks[:, 0] = vocabulary.start_id
-    blocks[:, 1:-1] = tokens[: count * RUN_LENGTH].reshape(count, RUN_LENGTH)
+    blocks[:, 1:-1] = tokens.reshape(-1, RUN_LENGTH)
     blocks[:, -1] = vocabulary.end_id
-    return blocks, leftover
+    return blocks
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], batch_documents: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text or "")
-        if characters >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+        if characters >= _BATCH_BYTES or len(batch) >= batch_documents:
             yield batch
             batch, characters = [], 0
     if batch:

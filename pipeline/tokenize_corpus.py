@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import apache_beam as beam
-
 from pipeline import jobs
+from pipeline.failures import Tolerance
+from pipeline.job import assemble_crew, run_job, summarize
 from pipeline.options import command_parser, parse, text_format
 from pipeline.plan import Configuration, Plan, adopt_plan
 from pipeline.publication import Provenance
-from pipeline.transforms import PUBLISHED, PlannedSplits, Publish, Tokenize, WriteManifest
+from pipeline.shard_making import KeepBlocks, Recipe
+from pipeline.supervision import Limits
 from scorer.console import run_command
-from scorer.shards import DEFAULT_MANTISSA_BITS
 from scorer.tokenizer import load_tokenizer
 
 
@@ -38,18 +38,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     plan = adopt_plan(flags.output, Plan(configuration, corpus.splits()))
     jobs.prepare_output(flags.output, tokenizer, vocabulary)
-    provenance = Provenance(vocabulary, None, None, None, None, DEFAULT_MANTISSA_BITS, jobs.versions())
-
-    def build(pipeline: beam.Pipeline) -> None:
-        splits = pipeline | PlannedSplits(flags.output, plan)
-        published = (
-            splits.missing
-            | "Tokenize" >> beam.ParDo(Tokenize(flags.output, corpus.root, corpus.text_format, vocabulary))
-            | "Publish" >> beam.ParDo(Publish(flags.output, provenance))
-        )
-        (splits[PUBLISHED], published) | WriteManifest(flags.output, plan)
-
-    jobs.summarize(flags.output, jobs.run_job(flags.output, plan, options, build))
+    recipe = Recipe(
+        folder=flags.output,
+        source=corpus.source(flags.output, vocabulary),
+        step=KeepBlocks(),
+        provenance=Provenance(vocabulary, None, None, None, None, jobs.versions()),
+    )
+    limits = Limits(Tolerance.parse(flags.max_rejected_documents), len(plan.splits), 0)
+    summarize(flags.output, run_job(plan, recipe, assemble_crew(options), limits, options))
     return 0
 
 

@@ -5,27 +5,19 @@ DoFns live here, in an installed module, so that workers on other machines can i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import apache_beam as beam
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 
-from pipeline.corpus import TextFormat
+from pipeline.failures import SetAside, Tolerance
 from pipeline.plan import Plan, Split
-from pipeline.publication import (
-    Provenance,
-    PublishedShard,
-    ScoredSplit,
-    find_published,
-    publish_split,
-    write_manifest,
-)
-from pipeline.tokenization import SplitTokenizer, TokenizedSplit
-from scorer import files
-from scorer.errors import ShardError
-from scorer.manifest import TOKENIZER_FOLDER, read_receipt
-from scorer.shards import ShardReader
-from scorer.tokenizer import load_tokenizer
-from scorer.vocabulary import Vocabulary
+from pipeline.publication import PublishedShard, find_published, write_manifest
+from pipeline.shard_making import Recipe
+from pipeline.supervision import Crew, Limits, Outcome, Supervisor
+from scorer.errors import CorpusError
+from scorer.manifest import Manifest
 
 PUBLISHED = "published"
 """Output tag for splits whose shard is already there."""
@@ -62,80 +54,63 @@ class SkipPublished(beam.DoFn):
         yield element if published is None else beam.pvalue.TaggedOutput(PUBLISHED, published)
 
 
-class Tokenize(beam.DoFn):
-    """Text splits to blocks, with the tokenizer that the job saved in its output folder."""
+class MakeShards(beam.DoFn):
+    """Splits to published shards, by the worker processes of this machine; several splits are in flight at a time.
 
-    def __init__(self, folder: str, root: str, text_format: TextFormat, vocabulary: Vocabulary):
-        self._folder = folder
-        self._root = root
-        self._format = text_format
-        self._vocabulary = vocabulary
+    Gives what became of each split, a `PublishedShard` or a `SetAside`, in whatever order they are done.
+    """
+
+    def __init__(self, recipe: Recipe, crew: Crew, limits: Limits):
+        self._recipe = recipe
+        self._crew = crew
+        self._limits = limits
 
     def setup(self) -> None:
-        """Loads the tokenizer, once a worker."""
-        tokenizer = load_tokenizer(files.join(self._folder, TOKENIZER_FOLDER))
-        self._tokenizer = SplitTokenizer(self._root, self._format, tokenizer, self._vocabulary)
+        """Workers start with the first split."""
+        self._supervisor = Supervisor(self._recipe, self._crew, self._limits)
 
-    def process(self, element: Split) -> Iterator[TokenizedSplit]:
-        """One split."""
-        yield self._tokenizer.tokenize(element)
+    def process(self, element: Split) -> Iterator[Outcome]:
+        """One split; gives what other splits became meanwhile."""
+        yield from self._supervisor.submit(element)
 
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Waits for the splits of the bundle that are still in flight."""
+        for outcome in self._supervisor.drain():
+            yield GlobalWindows.windowed_value(outcome)
 
-class ReadBlockShard(beam.DoFn):
-    """Block shards as they are, with their account of documents and rejects."""
-
-    def __init__(self, block_folder: str, fingerprints: Mapping[str, str]):
-        self._folder = block_folder
-        self._fingerprints = fingerprints
-
-    def process(self, element: Split) -> Iterator[TokenizedSplit]:
-        """One split, which is one block shard."""
-        with ShardReader(files.join(self._folder, element.shard)) as reader:
-            metadata, content = reader.metadata, reader.read(perplexities=False)
-        receipt = read_receipt(self._folder, element.index)
-        if receipt is None or content.sha256() != self._fingerprints[element.shard]:
-            raise ShardError(
-                f"{files.join(self._folder, element.shard)} or its receipt is not what the manifest lists: "
-                "run tokenize_corpus again; it makes damaged shards anew"
-            )
-        yield TokenizedSplit(
-            split=element,
-            input_ids=content.input_ids,
-            source=metadata.split,
-            documents=metadata.documents,
-            leftover_tokens=metadata.leftover_tokens,
-            rejected_documents=metadata.rejected_documents,
-            lines=receipt.lines,
-            rejects=receipt.rejects,
-        )
-
-
-class Publish(beam.DoFn):
-    """Blocks or scored blocks to a shard in its place, and its receipt."""
-
-    def __init__(self, folder: str, provenance: Provenance):
-        self._folder = folder
-        self._provenance = provenance
-
-    def process(self, element: TokenizedSplit | ScoredSplit) -> Iterator[PublishedShard]:
-        """One split."""
-        yield publish_split(self._folder, element, self._provenance)
+    def teardown(self) -> None:
+        """Ends the workers."""
+        self._supervisor.close()
 
 
 class WriteManifest(beam.PTransform):
     """The end of a job: every published shard, old and new, into the manifest."""
 
-    def __init__(self, folder: str, plan: Plan):
+    def __init__(self, folder: str, plan: Plan, tolerance: Tolerance):
         super().__init__()
         self._folder = folder
         self._plan = plan
+        self._tolerance = tolerance
 
-    def expand(self, published: Iterable[beam.PCollection]) -> beam.PCollection:
+    def expand(self, outcomes: Iterable[beam.PCollection]) -> beam.PCollection:
         """Applies the transform."""
         return (
-            published
+            outcomes
             | "Old and new shards" >> beam.Flatten()
             | "All shards" >> beam.combiners.ToList()
-            | "Manifest"
-            >> beam.Map(lambda shards, folder, plan: write_manifest(folder, plan, shards), self._folder, self._plan)
+            | "Manifest" >> beam.Map(_finish, self._folder, self._plan, self._tolerance)
         )
+
+
+def _finish(outcomes: list[Outcome], folder: str, plan: Plan, tolerance: Tolerance) -> Manifest:
+    """Writes the manifest if nothing stands against it."""
+    set_aside = [outcome for outcome in outcomes if isinstance(outcome, SetAside)]
+    if set_aside:
+        raise CorpusError(
+            f"{len(set_aside)} of {len(plan.splits)} splits failed and were set aside; all others are published. "
+            f"{set_aside[0].describe()}. Mend the cause, then run the same command again: it tries them again"
+        )
+    published = [outcome for outcome in outcomes if isinstance(outcome, PublishedShard)]
+    rejected = sum(shard.rejected_documents for shard in published)
+    tolerance.check(rejected, rejected + sum(shard.documents for shard in published))
+    return write_manifest(folder, plan, published)

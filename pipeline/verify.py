@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rich.progress import track
 
 from pipeline.plan import Plan, read_plan
-from pipeline.publication import PublishedShard, merge_rejects
+from pipeline.publication import merge_rejects
 from scorer import files
 from scorer.console import run_command
 from scorer.errors import ConfigurationError, HardnessError, ShardError
@@ -101,7 +101,7 @@ def _account_faults(folder: str, receipts: list[Receipt]) -> Iterator[str]:
     path = files.join(folder, REJECTS_NAME)
     if not files.exists(path):
         yield f"{REJECTS_NAME} is missing"
-    elif files.read_bytes(path) != merge_rejects(receipts):
+    elif files.read_bytes(path) != b"".join(merge_rejects(receipts)):
         yield f"{REJECTS_NAME} does not list the rejects of the receipts"
 
 
@@ -118,7 +118,7 @@ def _shard_faults(folder: str, index: int, entry: ShardEntry, plan: Plan) -> Ite
     receipt = read_receipt(folder, index)
     if receipt is None:
         yield "no receipt that can be read"
-    elif PublishedShard(index, receipt).entry != entry:
+    elif receipt.entry != entry:
         yield "the receipt and the manifest disagree"
     try:
         reader = ShardReader(path)

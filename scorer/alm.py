@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scorer import files
 from scorer.console import first_line
+from scorer.devices import require_device
 from scorer.errors import ConfigurationError
 from scorer.shards import BLOCK_LENGTH
 
@@ -81,23 +82,6 @@ def load_alm(folder: str, device: str = "cpu", dtype: str | torch.dtype | None =
     models = {direction: _load_direction(folder, direction, torch_dtype) for direction in READING_DIRECTION}
     alm = BidirectionalALM(models["forward"], models["backward"]).to(device)
     return alm.eval().requires_grad_(False)
-
-
-def require_device(device: str) -> None:
-    """Checks that a device is there.
-
-    Raises:
-        ConfigurationError: CUDA was asked for and there is none, or there are fewer devices than the index says.
-    """
-    if not device.startswith("cuda"):
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        raise ConfigurationError(
-            f"--device {device} was asked for, but this machine shows {count} usable CUDA device(s): "
-            "pass --device cpu, or check the driver (`nvidia-smi`) and that torch is a CUDA build"
-        )
 
 
 def check_alm(folder: str, vocabulary_size: int = 0) -> list[str]:

@@ -2,8 +2,10 @@
 
 HardnessError                something a user can act on; the message says what, where, and the way out
 ├── ConfigurationError       wrong flags, paths or mixtures, found before any work (exit code 2)
+├── CorpusError              text that cannot be worked on, or too much of it
 ├── ShardError               a shard, receipt or manifest that is missing, damaged or foreign
 ├── StorageError             a write that failed: no space, no permission
+├── WorkerError              worker processes that end as soon as they start
 └── ScoringError             an ALM that gave something that is not a probability
 """
 
@@ -22,12 +24,20 @@ class ConfigurationError(HardnessError):
     exit_code = 2
 
 
+class CorpusError(HardnessError):
+    """Part of the corpus defeats the job, or more of its documents are bad than was allowed."""
+
+
 class ShardError(HardnessError):
     """A shard, receipt or manifest is missing, damaged, or belongs to something else."""
 
 
 class StorageError(HardnessError):
     """A file could not be written: no space left, no permission, a read-only file system."""
+
+
+class WorkerError(HardnessError):
+    """Worker processes end again and again before they can work."""
 
 
 class ScoringError(HardnessError):

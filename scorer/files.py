@@ -6,14 +6,17 @@ conditional upload to the final key. Readers therefore see a file whole or not a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 from scorer.errors import ConfigurationError, StorageError
 
 _CHUNK_BYTES = 1 << 20
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+"""What no other attempt at the same file would mend: no space, no permission, a broken disk."""
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
@@ -34,9 +39,20 @@ def _resolve(path: str) -> tuple[Any, str]:
     return filesystem, str(stripped)
 
 
-def is_local(path: str) -> bool:
-    """Says whether `path` lies on this machine's own file system."""
-    return isinstance(_resolve(path)[0], LocalFileSystem)
+def local_path(path: str) -> str | None:
+    """`path` as the operating system knows it, or None where it lies in an object store."""
+    filesystem, stripped = _resolve(path)
+    return stripped if isinstance(filesystem, LocalFileSystem) else None
+
+
+def free_bytes(folder: str) -> int | None:
+    """Free space of the disk that holds `folder` (or will hold it), or None where that is an object store."""
+    path = local_path(folder)
+    if path is None:
+        return None
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 def join(folder: str, *names: str) -> str:
@@ -140,38 +156,79 @@ def publish(path: str, data: bytes) -> bool:
 
     Raises:
         FileNotFoundError: the temporary file vanished before it was linked (another driver finished and tidied up).
+        StorageError: there is no space, or no permission.
+    """
+    with staged(path) as temporary:
+        Path(temporary).write_bytes(data)
+        return publish_staged(temporary, path)
+
+
+@contextmanager
+def staged(path: str) -> Iterator[str]:
+    """A local name under which to write what is to be published at `path`; nothing is left of it afterwards.
+
+    It lies beside `path` where that is local, so that a link is enough to publish it.
+
+    Raises:
+        StorageError: what the body wrote did not fit, or was not allowed.
     """
     filesystem, stripped = _resolve(path)
+    folder, name = os.path.split(stripped)
     if not isinstance(filesystem, LocalFileSystem):
-        try:
-            filesystem.pipe_file(stripped, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-    with _temporary_beside(stripped, data) as temporary:
-        try:
-            os.link(temporary, stripped)
-        except FileExistsError:
-            return False
-    _sync_folder(stripped)
+        folder = tempfile.gettempdir()
+    temporary = os.path.join(folder, temporary_name(name))
+    try:
+        yield temporary
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}; make room or give permission, then run the same "
+            "command again"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def publish_staged(temporary: str, path: str) -> bool:
+    """Puts a file that was written under `staged(path)` into its place; what `publish` says holds for it too."""
+    filesystem, stripped = _resolve(path)
+    try:
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.put_file(temporary, stripped, mode="create")
+            return True
+        _sync(temporary)
+        os.link(temporary, stripped)
+    except FileExistsError:
+        return False
+    _sync(os.path.dirname(stripped) or ".")
     return True
 
 
-def keep_or_replace(path: str, data: bytes) -> None:
-    """Like `replace`, but leaves a file alone that holds `data` already."""
-    if not exists(path) or read_bytes(path) != data:
-        replace(path, data)
+def keep_or_replace(path: str, pieces: Iterable[bytes]) -> None:
+    """Like `replace`, from pieces that need not fit into memory; leaves a file alone that holds just that already."""
+    with staged(path) as temporary:
+        with open(temporary, "wb") as stream:
+            stream.writelines(pieces)
+        if not exists(path) or sha256(path) != sha256(temporary):
+            _replace_by(temporary, path)
 
 
 def replace(path: str, data: bytes) -> None:
     """Writes `data` to `path` whole or not at all, over what is there."""
+    with staged(path) as temporary:
+        Path(temporary).write_bytes(data)
+        _replace_by(temporary, path)
+
+
+def _replace_by(temporary: str, path: str) -> None:
     filesystem, stripped = _resolve(path)
     if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(stripped, data)
+        filesystem.put_file(temporary, stripped)
         return
-    with _temporary_beside(stripped, data) as temporary:
-        os.replace(temporary, stripped)
-    _sync_folder(stripped)
+    _sync(temporary)
+    os.replace(temporary, stripped)
+    _sync(os.path.dirname(stripped) or ".")
 
 
 def set_aside(path: str) -> str:
@@ -191,11 +248,18 @@ def remove(path: str) -> None:
         return
 
 
-def remove_temporaries(folder: str) -> None:
-    """Removes what killed writers left half-written directly in `folder`."""
+def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
+    """Removes what killed writers left half-written directly in `folder`.
+
+    Args:
+        folder: a folder; nothing happens where there is none.
+        older_than: seconds since something was last written to a file, from which on it counts as left.
+    """
     for name in names(folder):
-        if is_temporary(name):
-            remove(join(folder, name))
+        path = join(folder, name)
+        with suppress(FileNotFoundError):
+            if is_temporary(name) and time.time() - modified(path) >= older_than:
+                remove(path)
 
 
 def temporary_name(name: str) -> str:
@@ -254,29 +318,9 @@ def local_folder(folder: str) -> Iterator[str]:
         yield copy
 
 
-@contextmanager
-def _temporary_beside(path: str, data: bytes) -> Iterator[str]:
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, temporary_name(name))
-    try:
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"{path} cannot be written: {error.strerror}; make room or give permission, then run the same "
-                "command again"
-            ) from error
-        yield temporary
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _sync_folder(path: str) -> None:
-    """Makes the new name itself durable: fsync of a file does not cover its directory entry."""
-    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+def _sync(path: str) -> None:
+    """Makes a file's data durable, or a folder's names: fsync of a file does not cover its directory entry."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

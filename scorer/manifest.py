@@ -30,6 +30,17 @@ class Reject:
 
 
 @dataclass(frozen=True)
+class ShardEntry:
+    """One shard, as the manifest lists it."""
+
+    name: str
+    blocks: int
+    bytes: int
+    sha256: str
+    content_sha256: str
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What a shard's publisher vouches for; published just before the shard itself."""
 
@@ -52,6 +63,11 @@ class Receipt:
         """Tokens in blocks, frames not counted."""
         return RUN_LENGTH * self.blocks
 
+    @property
+    def entry(self) -> ShardEntry:
+        """The shard as the manifest lists it."""
+        return ShardEntry(self.shard, self.blocks, self.bytes, self.sha256, self.content_sha256)
+
     def to_json(self) -> dict[str, Any]:
         """The receipt's JSON object."""
         return {**asdict(self), "tokens": self.tokens}
@@ -62,17 +78,6 @@ class Receipt:
         fields = {key: item for key, item in value.items() if key != "tokens"}
         fields["rejects"] = [Reject(**reject) for reject in fields["rejects"]]
         return cls(**fields)
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard, as the manifest lists it."""
-
-    name: str
-    blocks: int
-    bytes: int
-    sha256: str
-    content_sha256: str
 
 
 @dataclass(frozen=True)

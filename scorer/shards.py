@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scorer import files
-from scorer.errors import ShardError
+from scorer.errors import ShardError, StorageError
 from scorer.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -27,6 +28,8 @@ BLOCK_LENGTH = 512
 RUN_LENGTH = BLOCK_LENGTH - 2
 """Tokens of the corpus a block: the frame takes one at either end."""
 ROW_GROUP_BLOCKS = 256
+_SPOOL_BYTES = 32 << 20
+"""What a column of an unfinished shard takes in memory at most: 16 k blocks of 4-byte values."""
 DEFAULT_MANTISSA_BITS = 10
 _FLOAT32_MANTISSA_BITS = 23
 _FOOTER_KEY = b"hardness"
@@ -65,8 +68,8 @@ class ShardContent:
         """
         digest = hashlib.sha256()
         for name, values in self.columns():
-            digest.update(f"{name} {values.dtype.name} {len(values)}\n".encode())
-            digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data)
+            digest.update(_column_header(name, values.dtype, len(values)))
+            digest.update(_little_endian(values))
         return digest.hexdigest()
 
 
@@ -151,28 +154,137 @@ def round_mantissa(values: npt.NDArray[np.float32], bits: int = DEFAULT_MANTISSA
     return rounded.view(np.float32)
 
 
-def encode_shard(content: ShardContent, metadata: ShardMetadata) -> bytes:
-    """The bytes of a shard's Parquet file; the same content and metadata give the same bytes."""
-    arrays = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), BLOCK_LENGTH)
-        for name, values in content.columns()
-    }
+class ShardBuffer:
+    """Gathers the rows of a shard until all are there, in bounded memory: large columns go to unnamed files.
+
+    A shard's footer holds a fingerprint that covers its rows column by column, their count first, so that nothing of
+    the file can be written before the last row is known.
+    """
+
+    def __init__(self, id_dtype: npt.DTypeLike, scored: bool, folder: str | None = None):
+        """Makes an empty shard.
+
+        Args:
+            id_dtype: uint16 or uint32 (`Vocabulary.id_dtype`).
+            scored: whether there are perplexities beside the ids.
+            folder: a local folder for what does not fit into memory (default: the system's for temporary files).
+        """
+        dtypes = {_ID_COLUMN: np.dtype(id_dtype)} | dict.fromkeys(PERPLEXITY_COLUMNS if scored else (), np.dtype("f4"))
+        self._columns = {name: _Spool(dtype, folder) for name, dtype in dtypes.items()}
+        self._blocks = 0
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def append(self, content: ShardContent) -> None:
+        """Adds rows at the end.
+
+        Raises:
+            StorageError: there is no space for what does not fit into memory.
+        """
+        for name, values in content.columns():
+            self._columns[name].append(values)
+        self._blocks += len(content)
+
+    def sha256(self) -> str:
+        """`ShardContent.sha256` of all rows."""
+        digest = hashlib.sha256()
+        for name, column in self._columns.items():
+            digest.update(_column_header(name, column.dtype, self._blocks))
+            for values in column.rows(self._blocks):
+                digest.update(_little_endian(values))
+        return digest.hexdigest()
+
+    def row_groups(self) -> Iterator[ShardContent]:
+        """The rows again, in row groups of 256."""
+        columns = [column.rows(self._blocks) for column in self._columns.values()]
+        for group in zip(*columns, strict=True):
+            yield ShardContent(**dict(zip(self._columns, group, strict=True)))
+
+    def close(self) -> None:
+        """Lets go of the rows."""
+        for column in self._columns.values():
+            column.close()
+
+    def __enter__(self) -> ShardBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Spool:
+    """One column of a `ShardBuffer`: in memory while it is small, else in an unnamed file."""
+
+    def __init__(self, dtype: np.dtype[Any], folder: str | None):
+        self.dtype = dtype
+        self._folder = folder
+        self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        try:
+            self._file.write(np.ascontiguousarray(values).data)
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder or tempfile.gettempdir()} has no room for the rows of an unfinished shard "
+                f"({error.strerror}): make room, then run the same command again"
+            ) from error
+
+    def rows(self, count: int) -> Iterator[npt.NDArray[Any]]:
+        """All rows, in row groups."""
+        self._file.seek(0)
+        for start in range(0, count, ROW_GROUP_BLOCKS):
+            rows = min(ROW_GROUP_BLOCKS, count - start)
+            data = self._file.read(rows * BLOCK_LENGTH * self.dtype.itemsize)
+            yield np.frombuffer(data, dtype=self.dtype).reshape(rows, BLOCK_LENGTH)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_shard(path: str, row_groups: Iterable[ShardContent], metadata: ShardMetadata) -> None:
+    """Writes a shard's Parquet file; the same rows and metadata give the same bytes.
+
+    Args:
+        path: a local file, which is overwritten.
+        row_groups: the rows, in pieces of 256 but for the last.
+        metadata: the footer.
+    """
+    types = _column_types(metadata)
     footer = json.dumps(metadata.to_json(), sort_keys=True, ensure_ascii=False).encode()
-    table = pa.table(arrays).replace_schema_metadata({_FOOTER_KEY: footer})
     leaf = "{}.list.element"
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=ROW_GROUP_BLOCKS,
+    with pq.ParquetWriter(
+        path,
+        pa.schema(list(types.items()), metadata={_FOOTER_KEY: footer}),
         compression="zstd",
         compression_level=1,
         use_dictionary=False,
         # Spark 3.5 reads BYTE_STREAM_SPLIT for floats only.
-        column_encoding={leaf.format(name): "PLAIN" if name == _ID_COLUMN else "BYTE_STREAM_SPLIT" for name in arrays},
+        column_encoding={leaf.format(name): "PLAIN" if name == _ID_COLUMN else "BYTE_STREAM_SPLIT" for name in types},
         write_page_checksum=True,
-    )
-    return bytes(sink.getvalue())
+    ) as writer:
+        for content in row_groups:
+            arrays = [
+                pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), type=types[name])
+                for name, values in content.columns()
+            ]
+            writer.write_table(pa.table(arrays, schema=writer.schema), row_group_size=ROW_GROUP_BLOCKS)
+
+
+def _column_types(metadata: ShardMetadata) -> dict[str, pa.DataType]:
+    """Name and type of each column of a shard, in schema order."""
+    types = {_ID_COLUMN: pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)}
+    if metadata.alm is not None:
+        types |= {name: pa.list_(pa.float32(), BLOCK_LENGTH) for name in PERPLEXITY_COLUMNS}
+    return types
+
+
+def _column_header(name: str, dtype: np.dtype[Any], rows: int) -> bytes:
+    return f"{name} {dtype.name} {rows}\n".encode()
+
+
+def _little_endian(values: npt.NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data
 
 
 class ShardReader:
@@ -258,11 +370,8 @@ class ShardReader:
             metadata = ShardMetadata.from_json(value)
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{self.path} has an unreadable footer: {error!r}") from error
-        ids = pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)
-        types = {_ID_COLUMN: ids} | {name: pa.list_(pa.float32(), BLOCK_LENGTH) for name in PERPLEXITY_COLUMNS}
-        expected = [_ID_COLUMN] if metadata.alm is None else list(types)
-        if self._file.schema_arrow.names != expected or any(
-            not self._file.schema_arrow.field(name).type.equals(types[name]) for name in expected
-        ):
-            raise ShardError(f"{self.path} has other columns than {', '.join(expected)} of {BLOCK_LENGTH} values a row")
+        types = _column_types(metadata)
+        schema = self._file.schema_arrow
+        if schema.names != list(types) or any(not schema.field(name).type.equals(types[name]) for name in types):
+            raise ShardError(f"{self.path} has other columns than {', '.join(types)} of {BLOCK_LENGTH} values a row")
         return metadata

@@ -18,6 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from pipeline import score_corpus, tokenize_corpus
 
 ROOT = Path(__file__).parent.parent
+IN_THREADS = ("--direct_running_mode", "in_memory")
+"""Jobs of a few blocks: worker processes would take longer to start than to work."""
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 torch.set_num_threads(1)
@@ -105,7 +107,7 @@ def block_folder(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, 
     """Block shards of the small corpus."""
     output = tmp_path_factory.mktemp("blocks") / "blocks"
     arguments = ["--input", str(corpus_folder), "--tokenizer", str(tokenizer_folder), "--output", str(output)]
-    assert tokenize_corpus.main([*arguments, "--split_bytes", "100000"]) == 0
+    assert tokenize_corpus.main([*arguments, "--split_bytes", "100000", *IN_THREADS]) == 0
     return output
 
 
@@ -113,12 +115,8 @@ def block_folder(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, 
 def hardness_folder(tmp_path_factory: pytest.TempPathFactory, block_folder: Path, alm_folder: Path) -> Path:
     """Hardness shards of the small corpus."""
     output = tmp_path_factory.mktemp("shards") / "shards"
-    assert (
-        score_corpus.main(
-            ["--input", str(block_folder), "--alm", str(alm_folder), "--output", str(output), "--device", "cpu"]
-        )
-        == 0
-    )
+    arguments = ["--input", str(block_folder), "--alm", str(alm_folder), "--output", str(output), "--device", "cpu"]
+    assert score_corpus.main([*arguments, *IN_THREADS]) == 0
     return output
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline import score_corpus, status, tokenize_corpus, verify
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
 Run = Callable[..., tuple[int, str]]
 
 
@@ -42,7 +43,7 @@ def tokenize(run_command: Run, corpus_folder: Path, tokenizer_folder: Path, tmp_
         output: object = tmp_path / "output",
     ) -> tuple[int, str]:
         inputs = input if isinstance(input, list) else [input]
-        flags = ["--input", *inputs, "--tokenizer", tokenizer, "--output", output]
+        flags = ["--input", *inputs, "--tokenizer", tokenizer, "--output", output, *IN_THREADS]
         return run_command(tokenize_corpus.main, *flags, *more)
 
     return run
@@ -60,7 +61,7 @@ def score(run_command: Run, block_folder: Path, alm_folder: Path, tmp_path: Path
         device: str = "cpu",
     ) -> tuple[int, str]:
         inputs = input if isinstance(input, list) else [input]
-        flags = ["--input", *inputs, "--alm", alm, "--output", output, "--device", device]
+        flags = ["--input", *inputs, "--alm", alm, "--output", output, "--device", device, *IN_THREADS]
         return run_command(score_corpus.main, *flags, *more)
 
     return run

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from transformers import AutoTokenizer
 from pipeline import score_corpus, status, tokenize_corpus, verify
 from pipeline.corpus import TextFormat
 from pipeline.plan import read_plan
-from pipeline.publication import Provenance, publish_split
+from pipeline.publication import Draft, Provenance, publish_split
 from pipeline.tokenization import SplitTokenizer
 from scorer import files
 from scorer.errors import HardnessError, ShardError
+from scorer.shards import ShardBuffer, ShardContent
 from scorer.tokenizer import describe, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
+IN_THREADS = ("--direct_running_mode", "in_memory")
 State = dict[str, tuple[bytes, int]]
 LookAt = Callable[[Path], State]
 SPECIAL_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 499}
@@ -51,14 +53,14 @@ MANIFEST_KEYS = {
 
 def tokenize(inputs: list[Path] | Path, tokenizer: Path, output: Path, *more: object) -> Path:
     inputs = [inputs] if isinstance(inputs, Path) else inputs
-    arguments = ["--input", *inputs, "--tokenizer", tokenizer, "--output", output, *more]
+    arguments = ["--input", *inputs, "--tokenizer", tokenizer, "--output", output, *IN_THREADS, *more]
     assert tokenize_corpus.main([*map(str, arguments)]) == 0
     return output
 
 
 def score(inputs: list[Path] | Path, alm: Path, output: Path, *more: object) -> Path:
     inputs = [inputs] if isinstance(inputs, Path) else inputs
-    arguments = ["--input", *inputs, "--alm", alm, "--output", output, "--device", "cpu", *more]
+    arguments = ["--input", *inputs, "--alm", alm, "--output", output, "--device", "cpu", *IN_THREADS, *more]
     assert score_corpus.main([*map(str, arguments)]) == 0
     return output
 
@@ -583,14 +585,18 @@ def test_first_of_many_processes_publishes(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def first_split(block_folder: Path, corpus_folder: Path, tokenizer_folder: Path) -> tuple[Any, Provenance]:
+def first_split(block_folder: Path, corpus_folder: Path, tokenizer_folder: Path) -> Iterator[tuple[Draft, Provenance]]:
     """The first split of the small corpus, ready to be published, and what its footer says."""
     tokenizer = load_tokenizer(str(tokenizer_folder))
     vocabulary = describe(tokenizer)
     plan = read_plan(str(block_folder))
     assert plan is not None
-    tokenized = SplitTokenizer(f"{corpus_folder}/", TextFormat(), tokenizer, vocabulary).tokenize(plan.splits[0])
-    return tokenized, Provenance(vocabulary, None, None, None, None, 10, {"a library": "1"})
+    blocks = SplitTokenizer(f"{corpus_folder}/", TextFormat(), tokenizer, vocabulary).tokenize(plan.splits[0])
+    with ShardBuffer("uint16", scored=False) as rows:
+        for ids in blocks:
+            rows.append(ShardContent(ids))
+        draft = Draft(plan.splits[0], rows, blocks.account, 0)
+        yield draft, Provenance(vocabulary, None, None, None, None, {"a library": "1"})
 
 
 def receipt_fits(folder: Path, name: str, read_shard: Callable[..., Any]) -> bool:
@@ -605,24 +611,27 @@ def receipt_fits(folder: Path, name: str, read_shard: Callable[..., Any]) -> boo
 
 
 def test_a_slower_publisher_vouches_for_the_published_shard(
-    first_split: tuple[Any, Provenance], tmp_path: Path, read_shard: Callable[..., Any]
+    first_split: tuple[Draft, Provenance], tmp_path: Path, read_shard: Callable[..., Any]
 ) -> None:
-    tokenized, provenance = first_split
-    name = tokenized.split.shard
+    draft, provenance = first_split
+    name = draft.split.shard
     (tmp_path / "_receipts").mkdir()
-    publish_split(str(tmp_path), tokenized, provenance)
+    publish_split(str(tmp_path), draft, provenance)
     before = (tmp_path / name).read_bytes()
-    published = publish_split(str(tmp_path), tokenized, replace(provenance, versions={"a library": "2"}))
+    published = publish_split(str(tmp_path), draft, replace(provenance, versions={"a library": "2"}))
     assert (tmp_path / name).read_bytes() == before
-    assert published.receipt.sha256 == hashlib.sha256(before).hexdigest()
+    assert published.entry.sha256 == hashlib.sha256(before).hexdigest()
     assert receipt_fits(tmp_path, name, read_shard)
     assert published.entry.bytes == len(before)
 
 
 def test_a_publisher_whose_temporary_file_was_swept_tries_again(
-    first_split: tuple[Any, Provenance], tmp_path: Path, read_shard: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    first_split: tuple[Draft, Provenance],
+    tmp_path: Path,
+    read_shard: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenized, provenance = first_split
+    draft, provenance = first_split
     (tmp_path / "_receipts").mkdir()
     link, attempts = os.link, []
 
@@ -633,31 +642,34 @@ def test_a_publisher_whose_temporary_file_was_swept_tries_again(
         link(source, target)
 
     monkeypatch.setattr(os, "link", sweep_first)
-    publish_split(str(tmp_path), tokenized, provenance)
+    publish_split(str(tmp_path), draft, provenance)
     assert len(attempts) == 2
-    assert receipt_fits(tmp_path, tokenized.split.shard, read_shard)
+    assert receipt_fits(tmp_path, draft.split.shard, read_shard)
 
 
 @pytest.mark.parametrize("damage", ["torn", "other blocks"])
 def test_a_publisher_never_vouches_for_a_damaged_shard(
-    first_split: tuple[Any, Provenance], tmp_path: Path, read_shard: Callable[..., Any], damage: str
+    first_split: tuple[Draft, Provenance], tmp_path: Path, read_shard: Callable[..., Any], damage: str
 ) -> None:
     """What is vouched for is whole, and holds the same blocks."""
-    tokenized, provenance = first_split
-    path = tmp_path / tokenized.split.shard
+    draft, provenance = first_split
+    path = tmp_path / draft.split.shard
+    ids = np.concatenate([group.input_ids for group in draft.rows.row_groups()])
     (tmp_path / "_receipts").mkdir()
     if damage == "torn":
         path.write_bytes(b"PAR1 torn PAR1")
     else:
-        publish_split(str(tmp_path), replace(tokenized, input_ids=tokenized.input_ids[::-1].copy()), provenance)
+        with ShardBuffer("uint16", scored=False) as reversed_:
+            reversed_.append(ShardContent(ids[::-1]))
+            publish_split(str(tmp_path), replace(draft, rows=reversed_), provenance)
     damaged = path.read_bytes()
     try:
-        published = publish_split(str(tmp_path), tokenized, provenance)
+        published = publish_split(str(tmp_path), draft, provenance)
     except ShardError as error:
         assert path.name in str(error)  # noqa: PT017
         return
-    assert published.receipt.sha256 != hashlib.sha256(damaged).hexdigest()
-    assert read_shard(path)[0]["input_ids"].tolist() == tokenized.input_ids.tolist()
+    assert published.entry.sha256 != hashlib.sha256(damaged).hexdigest()
+    assert read_shard(path)[0]["input_ids"].tolist() == ids.tolist()
 
 
 # --- kill -9

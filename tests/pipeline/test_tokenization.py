@@ -17,12 +17,28 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, 
 
 from pipeline.corpus import FileRange, TextFormat
 from pipeline.plan import Split
-from pipeline.tokenization import DocumentEncoder, SplitTokenizer, TokenizedSplit, pack
+from pipeline.tokenization import Account, BlockStream, DocumentEncoder, SplitTokenizer, pack
 from scorer.errors import ConfigurationError
 from scorer.tokenizer import describe, load_tokenizer
 from scorer.vocabulary import Vocabulary
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """All blocks of a split, and its account."""
+
+    input_ids: Any
+    account: Account
+
+
+def read_whole(blocks: BlockStream) -> Tokenized:
+    """Takes all blocks, and holds their form to the contract on the way."""
+    pieces = list(blocks)
+    assert all(len(piece) == 256 for piece in pieces[:-1])
+    assert all(len(piece) for piece in pieces)
+    return Tokenized(np.concatenate([np.empty((0, 512), np.uint16), *pieces]), blocks.account)
 
 
 @dataclass(frozen=True)
@@ -44,11 +60,11 @@ class Kit:
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def tokenize(self, path: Path, text_format: TextFormat | None = None) -> TokenizedSplit:
+    def tokenize(self, path: Path, text_format: TextFormat | None = None) -> Tokenized:
         splitter = SplitTokenizer(
             f"{path.parent}/", text_format or TextFormat(), load_tokenizer(self.tokenizer.name_or_path), self.vocabulary
         )
-        return splitter.tokenize(Split(0, "shard", (FileRange(path.name, 0, path.stat().st_size),)))
+        return read_whole(splitter.tokenize(Split(0, "shard", (FileRange(path.name, 0, path.stat().st_size),))))
 
 
 def make_kit(folder: Path) -> Kit:
@@ -78,7 +94,7 @@ def stress_texts(stress: Path) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text.strip(" \t\n\r\x0b\x0c")))
 
 
-def unframe(split: TokenizedSplit, kit: Kit) -> list[int]:
+def unframe(split: Tokenized, kit: Kit) -> list[int]:
     """The token stream, without the frames."""
     ids = split.input_ids
     assert ids.shape[1] == 512
@@ -97,12 +113,22 @@ def stream_of(texts: list[str], kit: Kit) -> list[int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(0, 1300), max_size=6))
+@given(lengths=st.lists(st.one_of(st.integers(0, 1300), st.integers(0, 300_000)), max_size=6))
 def test_unframed_blocks_and_leftover_are_the_stream(lengths: list[int]) -> None:
     vocabulary = Vocabulary(500, {"<s>": 0, "</s>": 2}, 0, 2, None, "", "")
     pieces = [np.arange(10, 10 + length, dtype=np.uint16) % 400 + 5 for length in lengths]
     stream = [int(id_) for piece in pieces for id_ in piece]
-    blocks, leftover = pack([piece.astype(np.uint16) for piece in pieces], vocabulary)
+    packed = pack([piece.astype(np.uint16) for piece in pieces], vocabulary)
+    groups = []
+    while True:
+        try:
+            groups.append(next(packed))
+        except StopIteration as end:
+            leftover = end.value
+            break
+    assert all(len(group) == 256 for group in groups[:-1])
+    assert all(len(group) for group in groups)
+    blocks = np.concatenate([np.empty((0, 512), np.uint16), *groups])
     assert blocks.dtype == np.uint16
     assert blocks.shape == (len(stream) // 510, 512)
     assert leftover == len(stream) % 510
@@ -117,9 +143,9 @@ def test_blocks_of_a_corpus_are_its_documents_with_separators(kit: Kit, corpus_f
     split = kit.tokenize(corpus_folder / "a.jsonl")
     found = unframe(split, kit)
     assert found == expected[: len(found)]
-    assert len(expected) - len(found) == split.leftover_tokens < 510
-    assert (split.documents, split.rejected_documents) == (300, 0)
-    assert split.source == [{"file": "a.jsonl", "start": 0, "end": (corpus_folder / "a.jsonl").stat().st_size}]
+    assert len(expected) - len(found) == split.account.leftover_tokens < 510
+    assert (split.account.documents, split.account.rejected_documents) == (300, 0)
+    assert split.account.source == [{"file": "a.jsonl", "start": 0, "end": (corpus_folder / "a.jsonl").stat().st_size}]
 
 
 def test_separators_stay_at_the_edges_of_a_run(kit: Kit, tmp_path: Path) -> None:
@@ -140,8 +166,8 @@ def test_fewer_than_510_tokens_give_no_block_and_are_counted(kit: Kit, tmp_path:
     path.write_text("one two\n\nthree\n")
     split = kit.tokenize(path)
     assert split.input_ids.shape == (0, 512)
-    assert split.leftover_tokens == len(stream_of(["one two", "three"], kit))
-    assert split.documents == 2
+    assert split.account.leftover_tokens == len(stream_of(["one two", "three"], kit))
+    assert split.account.documents == 2
 
 
 def test_exactly_510_tokens_give_one_block_and_no_leftover(kit: Kit, tmp_path: Path) -> None:
@@ -149,24 +175,24 @@ def test_exactly_510_tokens_give_one_block_and_no_leftover(kit: Kit, tmp_path: P
     path.write_text("\n\n".join(["x"] * 255))
     split = kit.tokenize(path)
     assert len(split.input_ids) == 1
-    assert split.leftover_tokens == 0
+    assert split.account.leftover_tokens == 0
 
 
 def test_empty_documents_give_nothing_and_are_not_counted(kit: Kit, tmp_path: Path) -> None:
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ["", "one", "", "", "two", ""]))
     split = kit.tokenize(path)
-    assert (split.documents, split.rejected_documents) == (2, 0)
-    assert split.leftover_tokens == len(stream_of(["one", "two"], kit))
+    assert (split.account.documents, split.account.rejected_documents) == (2, 0)
+    assert split.account.leftover_tokens == len(stream_of(["one", "two"], kit))
 
 
 def test_rejects_are_listed_with_their_place(kit: Kit, real_data: Path) -> None:
     split = kit.tokenize(real_data / "stress" / "synthetic" / "bad.jsonl")
-    assert [reject.line for reject in split.rejects] == [4, 5, 6, 7, 8, 10, 12, 13]
-    assert all(reject.file == "bad.jsonl" and reject.reason for reject in split.rejects)
-    assert split.documents == 4  # of five good ones, one is empty
-    assert split.rejected_documents == 8
-    assert split.lines == {"bad.jsonl": 14}
+    assert [reject.line for reject in split.account.rejects] == [4, 5, 6, 7, 8, 10, 12, 13]
+    assert all(reject.file == "bad.jsonl" and reject.reason for reject in split.account.rejects)
+    assert split.account.documents == 4  # of five good ones, one is empty
+    assert split.account.rejected_documents == 8
+    assert split.account.lines == {"bad.jsonl": 14}
 
 
 # --- Byte-exact round trips
@@ -193,7 +219,7 @@ def test_stress_texts_come_back_out_of_blocks(kit: Kit, real_data: Path, tmp_pat
     path = tmp_path / "stress.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, filler]))
     split = kit.tokenize(path)
-    assert (split.documents, split.rejected_documents) == (len(texts) + 1, 0)
+    assert (split.account.documents, split.account.rejected_documents) == (len(texts) + 1, 0)
     stream = unframe(split, kit)
     found: list[list[int]] = [[]]
     for id_ in stream:
@@ -214,7 +240,7 @@ def test_txt_files_of_the_stress_folder_come_back_out_of_blocks(kit: Kit, real_d
     assert text.startswith(decoded)
     ids = kit.encoder.encode([text])[0]
     assert ids is not None
-    assert len(ids) + 1 == 510 * len(split.input_ids) + split.leftover_tokens
+    assert len(ids) + 1 == 510 * len(split.input_ids) + split.account.leftover_tokens
 
 
 @pytest.mark.parametrize(
@@ -321,15 +347,17 @@ def test_wordpiece_blocks_are_framed_by_cls_and_sep(wordpiece: Path, tmp_path: P
     assert (vocabulary.start_id, vocabulary.end_id, vocabulary.mask_id) == (2, 3, 4)
     path = tmp_path / "file.txt"
     path.write_text("\n\n".join(["Cab a zzz b"] * 150))
-    split = SplitTokenizer(f"{tmp_path}/", TextFormat(), tokenizer, vocabulary).tokenize(
-        Split(0, "shard", (FileRange("file.txt", 0, path.stat().st_size),))
+    split = read_whole(
+        SplitTokenizer(f"{tmp_path}/", TextFormat(), tokenizer, vocabulary).tokenize(
+            Split(0, "shard", (FileRange("file.txt", 0, path.stat().st_size),))
+        )
     )
     cab, a, b = (tokenizer.convert_tokens_to_ids(token) for token in ("cab", "a", "b"))
     assert split.input_ids.shape == (1, 512)
     assert split.input_ids[0, [0, 511]].tolist() == [2, 3]
     assert split.input_ids[0, 1:511].tolist() == [cab, a, 1, b, 3] * 102
-    assert split.leftover_tokens == 150 * 5 - 510
-    assert split.rejected_documents == 0
+    assert split.account.leftover_tokens == 150 * 5 - 510
+    assert split.account.rejected_documents == 0
 
 
 def test_wordpiece_unknown_tokens_are_special(wordpiece: Path) -> None:
@@ -353,12 +381,14 @@ def test_a_special_token_out_of_plain_text_rejects_the_document(tmp_path: Path) 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     path = tmp_path / "file.txt"
     path.write_text("a a\n\na </s> a\n\na b\n")
-    split = SplitTokenizer(f"{tmp_path}/", TextFormat(), tokenizer, describe(tokenizer)).tokenize(
-        Split(0, "shard", (FileRange("file.txt", 0, path.stat().st_size),))
+    split = read_whole(
+        SplitTokenizer(f"{tmp_path}/", TextFormat(), tokenizer, describe(tokenizer)).tokenize(
+            Split(0, "shard", (FileRange("file.txt", 0, path.stat().st_size),))
+        )
     )
-    assert [(reject.line, reject.offset) for reject in split.rejects] == [(3, 5)]
-    assert "special token" in split.rejects[0].reason
-    assert (split.documents, split.leftover_tokens) == (2, 6)
+    assert [(reject.line, reject.offset) for reject in split.account.rejects] == [(3, 5)]
+    assert "special token" in split.account.rejects[0].reason
+    assert (split.account.documents, split.account.leftover_tokens) == (2, 6)
 
 
 @pytest.fixture

@@ -126,10 +126,10 @@ class TestReading:
         with files.open_binary(path, "gzip") as stream:
             assert stream.read() == b"text"
 
-    def test_is_local(self, tmp_path):
-        assert files.is_local(str(tmp_path))
-        assert files.is_local(f"file://{tmp_path}")
-        assert not files.is_local("memory://a")
+    def test_local_paths_are_those_of_the_operating_system(self, tmp_path):
+        assert files.local_path(str(tmp_path)) == str(tmp_path)
+        assert files.local_path(f"file://{tmp_path}") == str(tmp_path)
+        assert files.local_path("memory://a") is None
 
     def test_an_unknown_protocol_is_a_configuration_error(self):
         with pytest.raises(ConfigurationError, match="nosuch://bucket/a"):

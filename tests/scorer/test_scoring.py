@@ -23,9 +23,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from pipeline.plan import Split
-from pipeline.scoring import score_split
-from pipeline.tokenization import TokenizedSplit
+from pipeline.scoring import score_rows
 from scorer import scoring
 from scorer.alm import BidirectionalALM, check_alm, fingerprint_alm, load_alm
 from scorer.errors import ConfigurationError, ScoringError
@@ -234,23 +232,25 @@ class TestScore:
             assert perplexity.max() == pytest.approx(math.exp(80), rel=1e-6)
 
 
-class TestScoreSplit:
+class TestScoreRows:
     VOCABULARY = Vocabulary(
         VOCABULARY, {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 499}, 0, 2, 499, "vocabulary", "tokenizer"
     )
 
-    def tokenized(self, ids):
-        split = Split(0, "shard-00000-of-00001.parquet", ())
-        return TokenizedSplit(split, ids.numpy().astype(np.uint16), [], 1, 0, 0)
+    def score(self, alm, ids, micro_batch):
+        def nlls(batch):
+            return [nll.numpy() for nll in score_nll(alm, torch.from_numpy(batch.astype(np.int64)))]
+
+        return score_rows(nlls, ids.numpy().astype(np.uint16), self.VOCABULARY, micro_batch, mantissa_bits=23)
 
     @pytest.mark.parametrize("micro_batch", [1, 2, 8])
     def test_is_score_with_special_tokens_at_0(self, micro_batch):
         alm, ids = make_alm(), make_ids(5)
         ids[:, 20], ids[2, 30] = 2, 3
-        result = score_split(alm, self.tokenized(ids), self.VOCABULARY, micro_batch)
+        result = self.score(alm, ids, micro_batch)
         special = np.isin(ids.numpy(), [0, 1, 2, 3, 499])
         for found, expected in zip(
-            (result.forward_perplexity, result.backward_perplexity), score(alm, ids), strict=True
+            (result.content.forward_perplexity, result.content.backward_perplexity), score(alm, ids), strict=True
         ):
             assert found.dtype == np.float32
             np.testing.assert_allclose(found, np.where(special, 0, expected.numpy()), rtol=1e-4)
@@ -259,7 +259,7 @@ class TestScoreSplit:
     def test_counts_the_values_it_cut_at_ordinary_tokens(self):
         alm, ids = make_alm(scale=40.0), make_ids(5)
         ids[:, 20] = 2
-        result = score_split(alm, self.tokenized(ids), self.VOCABULARY, micro_batch=2)
+        result = self.score(alm, ids, micro_batch=2)
         special = np.isin(ids.numpy(), [0, 1, 2, 3, 499])
         expected = 0
         for model, row_ids, is_special in (
@@ -271,8 +271,8 @@ class TestScoreSplit:
         assert abs(result.clamped_values - expected) <= 2  # float32 against float64 at the border
 
     def test_of_no_blocks_is_empty(self):
-        result = score_split(make_alm(), self.tokenized(make_ids(0)), self.VOCABULARY, micro_batch=8)
-        assert result.forward_perplexity.shape == (0, 64)
+        result = self.score(make_alm(), make_ids(0), micro_batch=8)
+        assert result.content.forward_perplexity.shape == (0, 64)
         assert result.clamped_values == 0
 
 

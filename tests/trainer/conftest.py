@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scorer.console import run_command
-from scorer.shards import ShardContent, ShardMetadata, encode_shard
+from scorer.shards import ShardContent, ShardMetadata, write_shard
 from scorer.vocabulary import Vocabulary
 
 TINY_ROBERTA = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64"
@@ -60,9 +60,9 @@ def write_shards(tmp_path_factory):
                 versions={},
                 content_sha256=content.sha256(),
             )
-            data = encode_shard(content, metadata)
             name = f"shard-{index:05d}-of-{len(blocks):05d}.parquet"
-            (folder / name).write_bytes(data)
+            write_shard(str(folder / name), [content], metadata)
+            data = (folder / name).read_bytes()
             entries.append(
                 {
                     "name": name,
