@@ -15,7 +15,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.corpus import SUFFIXES, TextFormat
+from pipeline.corpus import SUFFIXES, FileRange, TextFormat
 from pipeline.plan import (
     DEFAULT_SPLIT_BYTES,
     Plan,
@@ -66,6 +66,7 @@ class TextInput:
             "text_field": self.text_format.text_field,
             "txt_document": self.text_format.txt_document,
             "max_document_bytes": self.text_format.max_document_bytes,
+            "encoding": self.text_format.encoding,
             "input_files": self.sizes,
         }
 
@@ -91,6 +92,7 @@ class BlockInput:
             "text_field": None,
             "txt_document": None,
             "max_document_bytes": None,
+            "encoding": None,
             "input_files": self.fingerprints,
         }
 
@@ -126,9 +128,9 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
     except FileNotFoundError as error:
         raise ConfigurationError(f"{error.filename or error} is not there: is it a broken link?") from error
     for name, size in sizes.items():
-        if size > _LARGE_ARCHIVE_BYTES and name.lower().endswith(".gz"):
+        if size > _LARGE_ARCHIVE_BYTES and FileRange(name, 0, size).is_whole:
             logger.warning(
-                "%s%s has %.1f GB compressed and cannot be cut: one worker reads all of it into one shard; "
+                "%s%s has %.1f GB and cannot be cut: one worker reads all of it into one shard; "
                 "smaller archives spread better",
                 root,
                 name,

@@ -45,6 +45,7 @@ class Configuration:
     text_field: str | None
     txt_document: str | None
     max_document_bytes: int | None
+    encoding: str | None
     input_files: Mapping[str, int | str]
     """Size of each input file, or the content fingerprint of each block shard."""
 
@@ -144,7 +145,7 @@ def split_files(
     """Cuts a corpus into splits of about `split_bytes` of text, in file order.
 
     Small files are packed together. Large ones are cut anywhere: a document belongs to the split that holds its first
-    byte. Compressed files are never cut.
+    byte. Compressed files and web archives are never cut.
 
     Args:
         sizes: bytes of each file, by relative name, in corpus order.
@@ -156,7 +157,7 @@ def split_files(
     for file, size in sizes.items():
         whole = FileRange(file, 0, size)
         text_bytes = size * (ASSUMED_COMPRESSION_RATIO if whole.is_compressed else 1)
-        if whole.is_compressed or is_whole(file):
+        if whole.is_whole or is_whole(file):
             if filled and filled + text_bytes > split_bytes:
                 splits.append([])
                 filled = 0

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -232,7 +232,8 @@ def merge_rejects(receipts: list[Receipt]) -> bytes:
     merged = []
     for receipt in receipts:
         for reject in receipt.rejects:
-            absolute = replace(reject, line=reject.line + lines_before[reject.file])
-            merged.append(json.dumps(asdict(absolute), ensure_ascii=False) + "\n")
+            before = lines_before[reject.file] if reject.unit == "line" else 0
+            absolute = replace(reject, line=reject.line + before)
+            merged.append(json.dumps(absolute.to_json(), ensure_ascii=False) + "\n")
         lines_before.update(receipt.lines)
     return "".join(merged).encode()

@@ -93,7 +93,8 @@ class SplitTokenizer:
             reader = RangeReader(self._root, range_, self._format)
             for document, ids in self._encode(reader):
                 if ids is None:
-                    rejects.append(Reject(range_.file, document.line, document.offset, document.reason or _LOOKALIKE))
+                    reason = document.reason or _LOOKALIKE
+                    rejects.append(Reject(range_.file, document.line, document.offset, reason, document.unit))
                 elif len(ids):
                     stream += [ids, separator]
                     documents += 1

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from scorer.compression import Compression, decompressed
 from scorer.errors import ConfigurationError, StorageError
 
 _CHUNK_BYTES = 1 << 20
@@ -77,10 +78,14 @@ def names(folder: str) -> list[str]:
     return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in filesystem.ls(stripped, detail=False))
 
 
-def open_binary(path: str, compression: str | None = None) -> BinaryIO:
-    """Opens `path` for reading bytes, through a decompressor where `compression` names one ('gzip')."""
+def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
+    """Opens `path` for reading bytes, through a decompressor where `compression` names one.
+
+    A decompressed stream cannot seek, and raises `ArchiveError` where the archive is cut or damaged.
+    """
     filesystem, stripped = _resolve(path)
-    return cast(BinaryIO, filesystem.open(stripped, "rb", compression=compression))
+    stream = cast(BinaryIO, filesystem.open(stripped, "rb"))
+    return stream if compression is None else decompressed(stream, compression)
 
 
 def read_bytes(path: str) -> bytes:

@@ -24,7 +24,10 @@ from scorer import files
 from scorer.errors import ConfigurationError, ShardError
 
 file_sizes = st.lists(
-    st.tuples(st.sampled_from(["txt", "jsonl", "txt.gz", "JSONL.GZ"]), st.integers(0, 400)), max_size=12
+    st.tuples(
+        st.sampled_from(["txt", "jsonl", "txt.gz", "JSONL.GZ", "txt.zst", "warc", "Warc.Wet.zstd"]), st.integers(0, 400)
+    ),
+    max_size=12,
 ).map(lambda files: {f"{index}.{suffix}": size for index, (suffix, size) in enumerate(files)})
 
 
@@ -43,7 +46,7 @@ def test_splits_cover_every_byte_once_in_order(sizes: dict[str, int], split_byte
         bounds = by_file[file]
         assert [start for start, _ in bounds] == [0, *(end for _, end in bounds)][: len(bounds)]
         assert (bounds[-1][1] if bounds else 0) == size
-        if not can_cut or file.lower().endswith(".gz"):
+        if not can_cut or file.lower().endswith((".gz", ".zst", ".zstd", ".warc")):
             assert len(bounds) <= 1
     order = list(sizes)
     assert all(order.index(first[0]) <= order.index(second[0]) for first, second in pairwise(ranges_of(splits)))
@@ -187,6 +190,7 @@ def tokenize(block_folder: Path, corpus_folder: Path, tokenizer_folder: Path) ->
         (["--text_field", "body"], ["text_field", "'?text'?", "body"]),
         (["--txt_document", "line"], ["txt_document", "blank-line", "line"]),
         (["--max_document_bytes", 1000], ["max_document_bytes", "1000"]),
+        (["--encoding", "latin-1"], ["encoding was utf-8, now iso8859-1"]),
         (["--start_token", "<unk>"], ["tokenizer", "start_id"]),
     ],
 )
