@@ -16,6 +16,7 @@ from pipeline.documents.base import (
     TxtDocument,
 )
 from pipeline.documents.lines import LineReader
+from pipeline.documents.parquet import RowGroup, RowReader, read_row_groups
 from scorer import files
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "Document",
     "FileRange",
     "RangeReader",
+    "RowGroup",
     "TextFormat",
     "TxtDocument",
+    "read_row_groups",
 ]
 
-_READERS: dict[Form, type[DocumentReader]] = {"txt": LineReader, "jsonl": LineReader}
+_READERS: dict[Form, type[DocumentReader]] = {"txt": LineReader, "jsonl": LineReader, "parquet": RowReader}
 
 
 class RangeReader:

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +15,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.corpus import SUFFIXES, FileRange, TextFormat
+from pipeline.corpus import SUFFIXES, FileRange, RowGroup, TextFormat, read_row_groups
 from pipeline.plan import (
     DEFAULT_SPLIT_BYTES,
     Plan,
@@ -50,10 +50,12 @@ class TextInput:
     """Bytes of each file, by its name below the root, in corpus order."""
     split_bytes: int
     text_format: TextFormat
+    row_groups: dict[str, tuple[RowGroup, ...]] = field(default_factory=dict)
+    """Of each Parquet file."""
 
     def splits(self) -> tuple[Split, ...]:
         """Cuts the corpus."""
-        return split_files(self.sizes, self.split_bytes, self._is_one_document)
+        return split_files(self.sizes, self.split_bytes, self._is_one_document, self.row_groups)
 
     def _is_one_document(self, file: str) -> bool:
         return self.text_format.txt_document == "file" and file.lower().endswith(".txt")
@@ -136,7 +138,11 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
                 name,
                 size / 1e9,
             )
-    return TextInput(root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format)
+    tables = [name for name, size in sizes.items() if FileRange(name, 0, size).form == "parquet"]
+    row_groups = read_row_groups([files.join(root, name) for name in tables], text_format.text_field)
+    return TextInput(
+        root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format, dict(zip(tables, row_groups, strict=True))
+    )
 
 
 def find_input(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput | BlockInput:
