@@ -17,6 +17,7 @@ from pipeline.documents.base import (
 )
 from pipeline.documents.lines import LineReader
 from pipeline.documents.parquet import RowGroup, RowReader, read_row_groups
+from pipeline.documents.warc import RecordReader
 from scorer import files
 
 __all__ = [
@@ -32,7 +33,12 @@ __all__ = [
     "read_row_groups",
 ]
 
-_READERS: dict[Form, type[DocumentReader]] = {"txt": LineReader, "jsonl": LineReader, "parquet": RowReader}
+_READERS: dict[Form, type[DocumentReader]] = {
+    "txt": LineReader,
+    "jsonl": LineReader,
+    "parquet": RowReader,
+    "warc": RecordReader,
+}
 
 
 class RangeReader:
