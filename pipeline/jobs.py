@@ -117,7 +117,8 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
                 + ("" if has_manifest(folder) else f", and it is not complete: it has no {MANIFEST_NAME}")
                 + f"; see `python -m pipeline.status {folder}`"
             )
-    paths = files.expand(patterns, SUFFIXES)
+    found = files.expand(patterns, SUFFIXES)
+    paths = list(found)
     if unknown := [path for path in paths if not path.lower().endswith(SUFFIXES)]:
         raise ConfigurationError(
             f"{unknown[0]}: expected a file that ends in {', '.join(SUFFIXES)} ({len(unknown)} input file(s) do not)"
@@ -125,10 +126,7 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
     if unnameable := [path for path in paths if not _is_utf8(path)]:
         raise ConfigurationError(f"{unnameable[0]!a}: the file's name is not UTF-8, which plans need: rename it")
     root = common_folder(paths)
-    try:
-        sizes = {path.removeprefix(root): files.size(path) for path in paths}
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"{error.filename or error} is not there: is it a broken link?") from error
+    sizes = {path.removeprefix(root): size for path, size in found.items()}
     for name, size in sizes.items():
         if size > _LARGE_ARCHIVE_BYTES and FileRange(name, 0, size).is_whole:
             logger.warning(

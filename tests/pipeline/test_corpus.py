@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import struct
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import Document, FileRange, RangeReader, TextFormat
 from pipeline.documents import lines as lines_module
+from scorer import files
 from scorer.errors import ConfigurationError
 
 BOM = b"\xef\xbb\xbf"
@@ -294,6 +297,35 @@ def test_too_long_document_is_rejected_without_being_held(tmp_path: Path, name: 
     assert peak < 4 * limit + (4 << 20)
 
 
+class OneLongLine(io.RawIOBase):
+    """A file of a short line, one of many bytes that are never held, and a short one."""
+
+    def __init__(self, count: int):
+        self._parts: Iterator[bytes] = chain([b"first\n"], repeat(b"x" * 65_536, count // 65_536), [b"\nlast\n"])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = next(self._parts, b"")
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def test_a_line_of_gigabytes_is_rejected_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "open_binary", lambda *_: io.BufferedReader(OneLongLine(1 << 30), 1 << 20))
+    tracemalloc.start()
+    try:
+        reader = RangeReader("nowhere/", FileRange("file.txt", 0, 1 << 31), TextFormat(txt_document="line"))
+        documents = list(reader)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [document.text for document in documents] == ["first", None, "last"]
+    assert reader.lines == 3
+    assert peak < 64 << 20  # twice --max_document_bytes and some
+
+
 def test_documents_after_a_too_long_one_keep_their_lines_when_the_file_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     data = b"a\n\n" + b"x" * 500 + b"\n" + b"y" * 500 + b"\n\nb\n\nc"
@@ -359,6 +391,28 @@ def test_odd_json_is_a_reject_and_the_next_line_is_read(tmp_path: Path, line: by
     path = tmp_path / "file.jsonl"
     path.write_bytes(line + b'\n{"text": "next"}\n')
     assert [document.text for document in read_whole(path)] == [None, "next"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"text": "first", "text": "last"}', "last"),
+        (b'{"score": NaN, "text": "a", "other": -Infinity}', "a"),
+        (b'{"other": "\\ud800", "text": "a"}', "a"),
+        (b'{"text": "\\ud83d\\ude42"}', "🙂"),
+        (b'{"text": "\\u0000\\u2028"}', "\0\u2028"),
+        (b'{"other": ' + b"[" * 900 + b"]" * 900 + b', "text": "a"}', "a"),
+        (b'{"other": ' + b"9" * 4000 + b', "text": "a"}', "a"),
+        (b'{"other": 1e999999, "text": "a"}', "a"),
+        (b'  {"text": "a"}\t\r', "a"),
+        (b'{"other": ' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b', "text": "a"}', None),
+        (b'{"other": ' + b"9" * 100_000 + b', "text": "a"}', None),
+    ],
+)
+def test_json_at_the_edge_is_text_or_a_reject(tmp_path: Path, line: bytes, text: str | None) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(line + b'\n{"text": "next"}\n')
+    assert [document.text for document in read_whole(path)] == [text, "next"]
 
 
 def test_invalid_utf8_rejects_whole_documents(real_data: Path, tmp_path: Path) -> None:
