@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.corpus import FileRange, RowGroup
+from pipeline.corpus import DEFAULT_ENCODING, FileRange, RowGroup
 from scorer import files
 from scorer.errors import ConfigurationError, ShardError
 from scorer.manifest import Manifest
@@ -70,9 +70,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; plans from before there was a choice of encoding have UTF-8."""
+        encoding = DEFAULT_ENCODING if value["configuration"].get("source") == "text" else None
         return cls(
-            Configuration(**value["configuration"]),
+            Configuration(**{"encoding": encoding, **value["configuration"]}),
             tuple(
                 Split(index, split["shard"], tuple(FileRange(*range_) for range_ in split["ranges"]))
                 for index, split in enumerate(value["splits"])
@@ -95,7 +96,7 @@ def read_plan(folder: str) -> Plan | None:
         return Plan.from_json(files.read_json(plan_path(folder)))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
             f"{plan_path(folder)} cannot be read ({error!r}): choose another --output, or remove this folder"
         ) from error
@@ -178,7 +179,7 @@ class _Packing:
         self.splits: list[list[FileRange]] = [[]]
 
     def add_whole(self, whole: FileRange, text_bytes: int) -> None:
-        if self._filled and self._filled + text_bytes > self._split_bytes:
+        if text_bytes and self._filled and self._filled + text_bytes > self._split_bytes:
             self._begin_split()
         self.splits[-1].append(whole)
         self._filled += text_bytes
