@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.corpus import SUFFIXES, TextFormat
+from pipeline.corpus import SUFFIXES, FileRange, RowGroup, TextFormat, read_row_groups
 from pipeline.plan import (
     DEFAULT_SPLIT_BYTES,
     Split,
@@ -43,10 +43,12 @@ class TextInput:
     """Bytes of each file, by its name below the root, in corpus order."""
     split_bytes: int
     text_format: TextFormat
+    row_groups: dict[str, tuple[RowGroup, ...]] = field(default_factory=dict)
+    """Of each Parquet file."""
 
     def splits(self) -> tuple[Split, ...]:
         """Cuts the corpus."""
-        return split_files(self.sizes, self.split_bytes, self._is_one_document)
+        return split_files(self.sizes, self.split_bytes, self._is_one_document, self.row_groups)
 
     def _is_one_document(self, file: str) -> bool:
         return self.text_format.txt_document == "file" and file.lower().endswith(".txt")
@@ -63,6 +65,7 @@ class TextInput:
             "text_field": self.text_format.text_field,
             "txt_document": self.text_format.txt_document,
             "max_document_bytes": self.text_format.max_document_bytes,
+            "encoding": self.text_format.encoding,
             "input_files": self.sizes,
         }
 
@@ -92,6 +95,7 @@ class BlockInput:
             "text_field": None,
             "txt_document": None,
             "max_document_bytes": None,
+            "encoding": None,
             "input_files": {shard.name: shard.content_sha256 for shard in self.manifest.shards},
         }
 
@@ -109,7 +113,8 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
                 + ("" if has_manifest(folder) else f", and it is not complete: it has no {MANIFEST_NAME}")
                 + f"; see `python -m pipeline.status {folder}`"
             )
-    paths = files.expand(patterns, SUFFIXES)
+    found = files.expand(patterns, SUFFIXES)
+    paths = list(found)
     if unknown := [path for path in paths if not path.lower().endswith(SUFFIXES)]:
         raise ConfigurationError(
             f"{unknown[0]}: expected a file that ends in {', '.join(SUFFIXES)} ({len(unknown)} input file(s) do not)"
@@ -117,20 +122,21 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
     if unnameable := [path for path in paths if not _is_utf8(path)]:
         raise ConfigurationError(f"{unnameable[0]!a}: the file's name is not UTF-8, which plans need: rename it")
     root = common_folder(paths)
-    try:
-        sizes = {path.removeprefix(root): files.size(path) for path in paths}
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"{error.filename or error} is not there: is it a broken link?") from error
+    sizes = {path.removeprefix(root): size for path, size in found.items()}
     for name, size in sizes.items():
-        if size > _LARGE_ARCHIVE_BYTES and name.lower().endswith(".gz"):
+        if size > _LARGE_ARCHIVE_BYTES and FileRange(name, 0, size).is_whole:
             logger.warning(
-                "%s%s has %.1f GB compressed and cannot be cut: one worker reads all of it into one shard; "
+                "%s%s has %.1f GB and cannot be cut: one worker reads all of it into one shard; "
                 "smaller archives spread better",
                 root,
                 name,
                 size / 1e9,
             )
-    return TextInput(root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format)
+    tables = [name for name, size in sizes.items() if FileRange(name, 0, size).form == "parquet"]
+    row_groups = read_row_groups([files.join(root, name) for name in tables], text_format.text_field)
+    return TextInput(
+        root, sizes, split_bytes or DEFAULT_SPLIT_BYTES, text_format, dict(zip(tables, row_groups, strict=True))
+    )
 
 
 def find_input(patterns: list[str], split_bytes: int | None, text_format: TextFormat) -> TextInput | BlockInput:

@@ -9,7 +9,7 @@ from typing import Any
 # The private parser is the only one that takes the value providers that some of Beam's option classes declare.
 from apache_beam.options.pipeline_options import PipelineOptions, _BeamArgumentParser
 
-from pipeline.corpus import DEFAULT_MAX_DOCUMENT_BYTES, TextFormat
+from pipeline.corpus import DEFAULT_ENCODING, DEFAULT_MAX_DOCUMENT_BYTES, TextFormat
 from pipeline.plan import DEFAULT_SPLIT_BYTES
 from scorer.errors import ConfigurationError
 
@@ -37,7 +37,7 @@ def command_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--split_bytes", type=_positive, default=None, help=f"text a shard, in bytes (default: {DEFAULT_SPLIT_BYTES})"
     )
-    parser.add_argument("--text_field", default="text", help="the field of a JSON line that holds the document")
+    parser.add_argument("--text_field", default="text", help="the field of a JSON line, or Parquet column, of the text")
     parser.add_argument(
         "--txt_document", choices=["blank-line", "line", "file"], default="blank-line", help="what a .txt document is"
     )
@@ -51,6 +51,9 @@ def command_parser(module: str, description: str) -> argparse.ArgumentParser:
         type=_positive,
         default=DEFAULT_MAX_DOCUMENT_BYTES,
         help="longer documents are rejected",
+    )
+    parser.add_argument(
+        "--encoding", default=DEFAULT_ENCODING, help="of the text, as Python names it; its line endings must be ASCII's"
     )
     return parser
 
@@ -78,7 +81,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[ar
 
 def text_format(flags: argparse.Namespace) -> TextFormat:
     """The flags that say how files are cut into documents."""
-    return TextFormat(flags.text_field, flags.txt_document, flags.max_document_bytes)
+    return TextFormat(flags.text_field, flags.txt_document, flags.max_document_bytes, flags.encoding)
 
 
 def _descendants(options: type) -> list[Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.corpus import FileRange
+from pipeline.corpus import DEFAULT_ENCODING, FileRange, RowGroup
 from scorer import files
 from scorer.errors import ConfigurationError, ShardError
 from scorer.manifest import Manifest
@@ -45,6 +45,7 @@ class Configuration:
     text_field: str | None
     txt_document: str | None
     max_document_bytes: int | None
+    encoding: str | None
     input_files: Mapping[str, int | str]
     """Size of each input file, or the content fingerprint of each block shard."""
 
@@ -69,9 +70,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; plans from before there was a choice of encoding have UTF-8."""
+        encoding = DEFAULT_ENCODING if value["configuration"].get("source") == "text" else None
         return cls(
-            Configuration(**value["configuration"]),
+            Configuration(**{"encoding": encoding, **value["configuration"]}),
             tuple(
                 Split(index, split["shard"], tuple(FileRange(*range_) for range_ in split["ranges"]))
                 for index, split in enumerate(value["splits"])
@@ -94,7 +96,7 @@ def read_plan(folder: str) -> Plan | None:
         return Plan.from_json(files.read_json(plan_path(folder)))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
             f"{plan_path(folder)} cannot be read ({error!r}): choose another --output, or remove this folder"
         ) from error
@@ -139,40 +141,73 @@ def common_folder(paths: Iterable[str]) -> str:
 
 
 def split_files(
-    sizes: Mapping[str, int], split_bytes: int, is_whole: Callable[[str], bool] = lambda _: False
+    sizes: Mapping[str, int],
+    split_bytes: int,
+    is_whole: Callable[[str], bool] = lambda _: False,
+    row_groups: Mapping[str, Sequence[RowGroup]] | None = None,
 ) -> tuple[Split, ...]:
     """Cuts a corpus into splits of about `split_bytes` of text, in file order.
 
     Small files are packed together. Large ones are cut anywhere: a document belongs to the split that holds its first
-    byte. Compressed files are never cut.
+    byte, or its row. Compressed files and web archives are never cut.
 
     Args:
         sizes: bytes of each file, by relative name, in corpus order.
         split_bytes: text a split.
         is_whole: says by its name whether a file is one document, and so is not cut.
+        row_groups: of each Parquet file; its ranges count rows.
     """
-    splits: list[list[FileRange]] = [[]]
-    filled = 0
+    packing = _Packing(split_bytes)
     for file, size in sizes.items():
         whole = FileRange(file, 0, size)
-        text_bytes = size * (ASSUMED_COMPRESSION_RATIO if whole.is_compressed else 1)
-        if whole.is_compressed or is_whole(file):
-            if filled and filled + text_bytes > split_bytes:
-                splits.append([])
-                filled = 0
-            splits[-1].append(whole)
-            filled += text_bytes
-            continue
+        if row_groups and file in row_groups:
+            packing.add_cut(file, [(group.rows, group.text_bytes) for group in row_groups[file]])
+        elif whole.is_whole or is_whole(file):
+            packing.add_whole(whole, size * (ASSUMED_COMPRESSION_RATIO if whole.is_compressed else 1))
+        else:
+            packing.add_cut(file, [(size, size)])
+    count = len(packing.splits)
+    return tuple(Split(index, shard_name(index, count), tuple(ranges)) for index, ranges in enumerate(packing.splits))
+
+
+class _Packing:
+    """Fills one split after the other."""
+
+    def __init__(self, split_bytes: int):
+        self._split_bytes = split_bytes
+        self._filled = 0
+        self.splits: list[list[FileRange]] = [[]]
+
+    def add_whole(self, whole: FileRange, text_bytes: int) -> None:
+        if text_bytes and self._filled and self._filled + text_bytes > self._split_bytes:
+            self._begin_split()
+        self.splits[-1].append(whole)
+        self._filled += text_bytes
+
+    def add_cut(self, file: str, runs: Iterable[tuple[int, int]]) -> None:
+        """Adds a file of several runs, each of so many units (bytes or rows) that hold so many bytes of text."""
         start = 0
-        while start < size:
-            if filled >= split_bytes:
-                splits.append([])
-                filled = 0
-            end = min(size, start + split_bytes - filled)
-            splits[-1].append(FileRange(file, start, end))
-            filled += end - start
-            start = end
-    return tuple(Split(index, shard_name(index, len(splits)), tuple(ranges)) for index, ranges in enumerate(splits))
+        for units, text_bytes in runs:
+            run_end = start + units
+            while start < run_end:
+                if self._filled >= self._split_bytes:
+                    self._begin_split()
+                room = self._split_bytes - self._filled
+                taken = min(run_end - start, max(1, units * room // max(text_bytes, 1)))
+                self._append(FileRange(file, start, start + taken))
+                self._filled += -(-taken * text_bytes // units)
+                start += taken
+
+    def _append(self, range_: FileRange) -> None:
+        before = self.splits[-1][-1] if self.splits[-1] else None
+        if before is not None and (before.file, before.end) == (range_.file, range_.start):
+            self.splits[-1][-1] = FileRange(range_.file, before.start, range_.end)
+        else:
+            self.splits[-1].append(range_)
+
+    def _begin_split(self) -> None:
+        self.splits.append([])
+        self._filled = 0
 
 
 def split_block_shards(manifest: Manifest) -> tuple[Split, ...]:

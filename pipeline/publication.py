@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -241,6 +241,7 @@ def merge_rejects(receipts: Iterable[Receipt]) -> Iterator[bytes]:
     lines_before: Counter[str] = Counter()
     for receipt in receipts:
         for reject in receipt.rejects:
-            absolute = replace(reject, line=reject.line + lines_before[reject.file])
-            yield (json.dumps(asdict(absolute), ensure_ascii=False) + "\n").encode()
+            before = lines_before[reject.file] if reject.unit == "line" else 0
+            absolute = replace(reject, line=reject.line + before)
+            yield (json.dumps(absolute.to_json(), ensure_ascii=False) + "\n").encode()
         lines_before.update(receipt.lines)

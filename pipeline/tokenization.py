@@ -158,7 +158,8 @@ class TextBlocks:
             reader = self._read(range_)
             for document, ids in self._encode(range_, reader):
                 if ids is None:
-                    self._reject(Reject(range_.file, document.line, document.offset, document.reason or _LOOKALIKE))
+                    reason = document.reason or _LOOKALIKE
+                    self._reject(Reject(range_.file, document.line, document.offset, reason, document.unit))
                 elif len(ids):
                     self._documents += 1
                     yield ids
@@ -167,7 +168,7 @@ class TextBlocks:
 
     def _encode(self, range_: FileRange, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids | None]]:
         for batch in _batches(documents, self._batch_documents):
-            self._report(f"{range_.file}, byte {batch[0].offset}")
+            self._report(f"{range_.file}, {_place(batch[0])}")
             good = [document.text for document in batch if document.text is not None]
             encoded = iter(self._encoder.encode(good))
             for document in batch:
@@ -225,6 +226,11 @@ def _frame(tokens: Ids, vocabulary: Vocabulary) -> Ids:
     blocks[:, 1:-1] = tokens.reshape(-1, RUN_LENGTH)
     blocks[:, -1] = vocabulary.end_id
     return blocks
+
+
+def _place(document: Document) -> str:
+    """Where a document is, for people; lines are counted from the beginning of the range, so bytes are better."""
+    return f"{document.unit} {document.line}" if document.offset is None else f"byte {document.offset}"
 
 
 def _batches(documents: Iterable[Document], batch_documents: int) -> Iterator[list[Document]]:

@@ -4,6 +4,7 @@ HardnessError                something a user can act on; the message says what,
 ├── ConfigurationError       wrong flags, paths or mixtures, found before any work (exit code 2)
 ├── CorpusError              text that cannot be worked on, or too much of it
 ├── ShardError               a shard, receipt or manifest that is missing, damaged or foreign
+├── ArchiveError             a compressed file or web archive that is cut or damaged; readers make it one reject
 ├── StorageError             a write that failed: no space, no permission
 ├── WorkerError              worker processes that end as soon as they start
 └── ScoringError             an ALM that gave something that is not a probability
@@ -30,6 +31,10 @@ class CorpusError(HardnessError):
 
 class ShardError(HardnessError):
     """A shard, receipt or manifest is missing, damaged, or belongs to something else."""
+
+
+class ArchiveError(HardnessError):
+    """A compressed file or a web archive ends too early, or cannot be read on; what stands before has been read."""
 
 
 class StorageError(HardnessError):

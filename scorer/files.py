@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from scorer.compression import Compression, decompressed
 from scorer.errors import ConfigurationError, StorageError
 
 _CHUNK_BYTES = 1 << 20
@@ -93,10 +94,14 @@ def names(folder: str) -> list[str]:
     return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in filesystem.ls(stripped, detail=False))
 
 
-def open_binary(path: str, compression: str | None = None) -> BinaryIO:
-    """Opens `path` for reading bytes, through a decompressor where `compression` names one ('gzip')."""
+def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
+    """Opens `path` for reading bytes, through a decompressor where `compression` names one.
+
+    A decompressed stream cannot seek, and raises `ArchiveError` where the archive is cut or damaged.
+    """
     filesystem, stripped = _resolve(path)
-    return cast(BinaryIO, filesystem.open(stripped, "rb", compression=compression))
+    stream = cast(BinaryIO, filesystem.open(stripped, "rb"))
+    return stream if compression is None else decompressed(stream, compression)
 
 
 def read_bytes(path: str) -> bytes:
@@ -272,35 +277,77 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, int]:
     """Resolves files, folders and globs to files, in the order given, sorted within each, without repetition.
 
-    A folder stands for every file below it whose name ends in one of `suffixes`.
+    A folder stands for every file below it whose name ends in one of `suffixes`. A local file that is spelled in two
+    ways (`./b`, `a/../b`, through a link to its folder) is one file.
+
+    Returns:
+        Bytes of each file, by its path; from listings where there are any.
 
     Raises:
         ConfigurationError: a path is missing, or a glob or folder holds no file.
     """
-    found: dict[str, None] = {}
+    sizes: dict[str, int] = {}
+    known: set[str] = set()
+    folders: dict[str, tuple[str, str]] = {}
     for pattern in patterns:
         filesystem, stripped = _resolve(pattern)
-        if filesystem.isdir(stripped):
-            # What begins with '_' or '.' is a job's own account or hidden, as every Parquet reader has it.
-            matches = [
-                path
-                for path in filesystem.find(stripped)
-                if path.lower().endswith(suffixes) and not path.rsplit("/", 1)[-1].startswith(("_", "."))
-            ]
-            lacking = f"the folder {pattern} holds no file that ends in {', '.join(suffixes)}"
-        elif filesystem.exists(stripped) or not _GLOB_CHARACTERS.search(stripped):
-            matches = [stripped] if filesystem.exists(stripped) else []
-            lacking = f"there is no {pattern}: check the path"
-        else:
-            matches = [path for path in filesystem.glob(stripped) if not filesystem.isdir(path)]
-            lacking = f"no file matches {pattern}: check the folder and the pattern (and quote it for the shell)"
-        if not matches:
-            raise ConfigurationError(lacking)
-        found.update(dict.fromkeys(filesystem.unstrip_protocol(path) for path in sorted(matches)))
-    return [path.removeprefix("file://") for path in found]
+        for path, size_ in sorted(_listed(filesystem, stripped, pattern, suffixes).items()):
+            is_local_path = isinstance(filesystem, LocalFileSystem)
+            spelled, real = _spellings(path, folders) if is_local_path else (filesystem.unstrip_protocol(path),) * 2
+            if real not in known:
+                known.add(real)
+                sizes[spelled] = size_
+    return sizes
+
+
+def _listed(filesystem: Any, stripped: str, pattern: str, suffixes: tuple[str, ...]) -> dict[str, int]:
+    """What one pattern stands for, with sizes."""
+    if filesystem.isdir(stripped):
+        found = {
+            path: info
+            for path, info in filesystem.find(stripped, detail=True).items()
+            if path.lower().endswith(suffixes) and not _is_hidden(path.removeprefix(stripped))
+        }
+        lacking = f"the folder {pattern} holds no file that ends in {', '.join(suffixes)}"
+    elif filesystem.exists(stripped) or not _GLOB_CHARACTERS.search(stripped):
+        found = {stripped: filesystem.info(stripped)} if filesystem.exists(stripped) else {}
+        lacking = f"there is no {pattern}: check the path"
+    else:
+        matches = filesystem.glob(stripped, detail=True).items()
+        found = {path: info for path, info in matches if info["type"] == "file" or not filesystem.isdir(path)}
+        lacking = f"no file matches {pattern}: check the folder and the pattern (and quote it for the shell)"
+    if not found:
+        raise ConfigurationError(lacking)
+    try:
+        # Listings call a link to nowhere an empty file, and some stores give no sizes.
+        return {
+            path: filesystem.size(path) if info.get("islink") or info["size"] is None else int(info["size"])
+            for path, info in found.items()
+        }
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{error.filename or error} is not there: is it a broken link?") from error
+
+
+def _is_hidden(path: str) -> bool:
+    """What begins with '_' or '.' is a job's own account or hidden, as every Parquet reader has it."""
+    return any(name.startswith(("_", ".")) for name in path.split("/"))
+
+
+def _spellings(path: str, folders: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """A local path without '.' and '..', and the path by which it is known however its folder was reached.
+
+    `folders` remembers both for folders that were met before.
+    """
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        plain, real = os.path.normpath(folder), os.path.realpath(folder)
+        # Behind a link, '..' leads elsewhere than it reads.
+        folders[folder] = (plain if os.path.realpath(plain) == real else real, real)
+    plain, real = folders[folder]
+    return os.path.join(plain, name), os.path.join(real, name)
 
 
 @contextmanager

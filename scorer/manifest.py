@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from scorer import files
 from scorer.errors import ConfigurationError, ShardError
@@ -16,6 +16,11 @@ REJECTS_NAME = "_rejects.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 
 
+Unit = Literal["line", "row", "record"]
+"""What the places of a file count: lines of text, rows of a Parquet file, records of a web archive."""
+_UNITS: tuple[Unit, ...] = ("line", "row", "record")
+
+
 @dataclass(frozen=True)
 class Reject:
     """A document that could not be used, and where it stands."""
@@ -23,10 +28,28 @@ class Reject:
     file: str
     """Relative to the longest common folder of the inputs."""
     line: int
-    """From 1; in a receipt relative to the split's range of the file, in `_rejects.jsonl` absolute."""
-    offset: int
-    """Bytes from the beginning of the (decompressed) file."""
+    """Number of the line, row or record. Lines count from 1, in a receipt from the beginning of the split's range of
+    the file and in `_rejects.jsonl` from that of the file; rows from 0 and records from 1, always in the file."""
+    offset: int | None
+    """Bytes from the beginning of the (decompressed) file; None for rows."""
     reason: str
+    unit: Unit = "line"
+    """What `line` counts."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The reject's JSON object, in which the number stands under the name of its unit."""
+        offset = {} if self.offset is None else {"offset": self.offset}
+        return {"file": self.file, self.unit: self.line, **offset, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reject:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError: it names no place.
+        """
+        unit: Unit = next((unit for unit in _UNITS if unit in value), "line")
+        return cls(value["file"], value[unit], value.get("offset"), value["reason"], unit)
 
 
 @dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Receipt:
     rejected_documents: int
     leftover_tokens: int
     lines: Mapping[str, int] = field(default_factory=dict)
-    """Lines that begin in the split's range of each file: what makes the rejects' lines absolute."""
+    """Lines (rows, records) that begin in the split's range of each file: what makes the rejects' lines absolute."""
     rejects: list[Reject] = field(default_factory=list)
 
     @property
@@ -70,13 +93,13 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's JSON object."""
-        return {**asdict(self), "tokens": self.tokens}
+        return {**asdict(self), "rejects": [reject.to_json() for reject in self.rejects], "tokens": self.tokens}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Receipt:
         """The inverse of `to_json`."""
         fields = {key: item for key, item in value.items() if key != "tokens"}
-        fields["rejects"] = [Reject(**reject) for reject in fields["rejects"]]
+        fields["rejects"] = [Reject.from_json(reject) for reject in fields["rejects"]]
         return cls(**fields)
 
 

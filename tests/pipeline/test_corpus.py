@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import logging
 import re
+import struct
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import corpus
 from pipeline.corpus import Document, FileRange, RangeReader, TextFormat
+from pipeline.documents import lines as lines_module
+from scorer import files
 from scorer.errors import ConfigurationError
 
 BOM = b"\xef\xbb\xbf"
@@ -123,8 +127,8 @@ def test_any_cutting_gives_every_document_once(  # noqa: PLR0917
 ) -> None:
     cuts = sorted({0, len(data), *(round(fraction * len(data)) for fraction in cut_fractions)})
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(corpus, "_CHUNK_BYTES", chunk_bytes)
-        patch.setattr(corpus, "_LOOK_BACK_BYTES", look_back_bytes)
+        patch.setattr(lines_module, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(lines_module, "_LOOK_BACK_BYTES", look_back_bytes)
         path = Path(folder, "file.jsonl" if mode == "jsonl" else "file.txt")
         path.write_bytes(data)
         found, lines = read(path, format_of(mode, limit), cuts)
@@ -151,26 +155,37 @@ def test_cutting_at_every_byte_gives_every_document_once(data: bytes, mode: str)
 )
 def test_file_mode_keeps_everything_but_the_bom(data: bytes, limit: int, chunk_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(corpus, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(lines_module, "_CHUNK_BYTES", chunk_bytes)
         path = Path(folder, "file.txt")
         path.write_bytes(data)
         found, _ = read(path, TextFormat(txt_document="file", max_document_bytes=limit), [0, len(data)])
     assert found == whole_file_documents(data, "file", limit)
 
 
-@settings(max_examples=200, deadline=None)
+SKIPPABLE_FRAME = struct.pack("<II", 0x184D2A50, 5) + b"hello"
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     data=st.tuples(st.sampled_from([b"", BOM]), file_bytes).map(b"".join),
-    member_fractions=st.lists(st.floats(0, 1), max_size=4),
+    part_fractions=st.lists(st.floats(0, 1), max_size=4),
     mode=st.sampled_from(["blank-line", "line", "jsonl", "file"]),
+    suffix=st.sampled_from(["gz", "zst"]),
+    has_skippable=st.booleans(),
 )
-@example(BOM + b"a\n\nb\n", [0.15, 0.3], "blank-line")
-def test_gzip_members_give_the_same_documents_as_plain(data: bytes, member_fractions: list[float], mode: str) -> None:
-    cuts = sorted({0, len(data), *(round(fraction * len(data)) for fraction in member_fractions)})
-    members = [gzip.compress(data[start:end]) for start, end in pairwise(cuts)] or [gzip.compress(b"")]
+@example(BOM + b"a\n\nb\n", [0.15, 0.3], "blank-line", "gz", False)
+@example(BOM + b"a\n\nb\n", [0.15, 0.3], "blank-line", "zst", True)
+def test_archives_of_several_parts_give_the_same_documents_as_plain(
+    data: bytes, part_fractions: list[float], mode: str, suffix: str, has_skippable: bool
+) -> None:
+    """Members of gzip, or frames of Zstandard, cut anywhere, empty ones too, as `cat`, pigz and pzstd write them."""
+    cuts = sorted({0, len(data), *(round(fraction * len(data)) for fraction in part_fractions)})
+    parts = [COMPRESS[suffix](data[start:end]) for start, end in pairwise(cuts)] or [COMPRESS[suffix](b"")]
+    between = SKIPPABLE_FRAME if has_skippable and suffix == "zst" else b""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file.jsonl.gz" if mode == "jsonl" else "file.txt.gz")
-        path.write_bytes(b"".join(members))
+        path = Path(folder, f"file.{'jsonl' if mode == 'jsonl' else 'txt'}.{suffix}")
+        path.write_bytes(between.join([b"", *parts, b""]))
         found, lines = read(path, format_of(mode, 1000), [0, path.stat().st_size])
     assert found == whole_file_documents(data, mode, 1000)
     assert lines == len(list(numbered_lines(data)))
@@ -195,19 +210,20 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path, real_data: Path) -> None:
     assert [document.text for document in read_whole(separators, line_mode)] == [separators.read_bytes().decode()[:-1]]
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz", "jsonl.gz"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz", "jsonl.gz", "txt.zst", "jsonl.zst"])
 def test_empty_files_hold_no_document(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"empty.{suffix}"
     path.write_bytes(b"")
     assert read_whole(path) == []
-    if suffix.endswith("gz"):
-        path.write_bytes(gzip.compress(b""))
+    if compress := COMPRESS.get(suffix.rpartition(".")[2]):
+        path.write_bytes(compress(b""))
         assert read_whole(path) == []
 
 
-def test_suffixes_are_recognized_in_upper_case(tmp_path: Path) -> None:
-    path = tmp_path / "FILE.JSONL.GZ"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+@pytest.mark.parametrize("name", ["FILE.JSONL.GZ", "file.Jsonl.zst", "file.jsonl.ZSTD"])
+def test_suffixes_are_recognized_in_any_case(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(COMPRESS["gz" if name.endswith("GZ") else "zst"](b'{"text": "a"}\n{"text": "b"}\n'))
     assert [document.text for document in read_whole(path)] == ["a", "b"]
 
 
@@ -281,6 +297,35 @@ def test_too_long_document_is_rejected_without_being_held(tmp_path: Path, name: 
     assert peak < 4 * limit + (4 << 20)
 
 
+class OneLongLine(io.RawIOBase):
+    """A file of a short line, one of many bytes that are never held, and a short one."""
+
+    def __init__(self, count: int):
+        self._parts: Iterator[bytes] = chain([b"first\n"], repeat(b"x" * 65_536, count // 65_536), [b"\nlast\n"])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = next(self._parts, b"")
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def test_a_line_of_gigabytes_is_rejected_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "open_binary", lambda *_: io.BufferedReader(OneLongLine(1 << 30), 1 << 20))
+    tracemalloc.start()
+    try:
+        reader = RangeReader("nowhere/", FileRange("file.txt", 0, 1 << 31), TextFormat(txt_document="line"))
+        documents = list(reader)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [document.text for document in documents] == ["first", None, "last"]
+    assert reader.lines == 3
+    assert peak < 64 << 20  # twice --max_document_bytes and some
+
+
 def test_documents_after_a_too_long_one_keep_their_lines_when_the_file_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     data = b"a\n\n" + b"x" * 500 + b"\n" + b"y" * 500 + b"\n\nb\n\nc"
@@ -292,82 +337,6 @@ def test_documents_after_a_too_long_one_keep_their_lines_when_the_file_is_cut(tm
 def test_max_document_bytes_below_one_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="max_document_bytes"):
         TextFormat(max_document_bytes=0)
-
-
-# --- Damaged archives
-
-
-def write_archive(path: Path, documents: int = 4000) -> list[str]:
-    """An archive of many documents that do not compress well."""
-    letters = ["".join(chr(97 + (number * 7919 + i * i * 31) % 26) for i in range(60)) for number in range(documents)]
-    texts = [f"{number} {text}" for number, text in enumerate(letters)]
-    separator = "\n" if "jsonl" in path.name else "\n\n"
-    lines = [json.dumps({"text": text}) if "jsonl" in path.name else text for text in texts]
-    path.write_bytes(gzip.compress((separator.join(lines) + "\n").encode()))
-    return texts
-
-
-@pytest.mark.parametrize("name", ["file.jsonl.gz", "file.txt.gz"])
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
-def test_cut_archive_keeps_the_documents_before_the_cut(
-    tmp_path: Path, name: str, kept: float, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / name
-    texts = write_archive(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: max(5, int(kept * len(whole)))])
-    with caplog.at_level(logging.WARNING):
-        documents = read_whole(path)
-    *good, reject = documents
-    assert reject.text is None
-    assert "cut" in reject.reason
-    assert [document.text for document in good] == texts[: len(good)]
-    assert len(good) >= (kept - 0.15) * len(texts)
-    assert name in caplog.text
-
-
-@pytest.mark.parametrize("name", ["file.jsonl.gz", "file.txt.gz"])
-def test_cut_checksum_loses_no_document(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    texts = write_archive(path, 50)
-    path.write_bytes(path.read_bytes()[:-4])
-    documents = read_whole(path)
-    good = [document.text for document in documents if document.text is not None]
-    assert good in (texts, texts[:-1])  # whether the last paragraph was whole can only be known at the end
-    assert len(documents) - len(good) == 1
-
-
-@pytest.mark.parametrize("name", ["file.jsonl.gz", "file.txt.gz"])
-def test_corrupted_archive_is_one_reject_and_keeps_what_stands_before(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    texts = write_archive(path)
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 64] = b"\xff" * 64
-    path.write_bytes(data)
-    documents = read_whole(path)
-    rejected = [document for document in documents if document.text is None]
-    good = [document.text for document in documents if document.text is not None]
-    assert "damaged" in rejected[-1].reason
-    assert good[:1000] == texts[:1000]
-    assert len(good) < len(texts)
-
-
-def test_garbage_behind_an_archive_costs_no_document(tmp_path: Path) -> None:
-    path = tmp_path / "file.jsonl.gz"
-    texts = write_archive(path, 20)
-    path.write_bytes(path.read_bytes() + b"garbage")
-    documents = read_whole(path)
-    assert [document.text for document in documents[:-1]] == texts
-    assert documents[-1].text is None
-
-
-def test_plain_text_that_is_called_an_archive_is_one_reject(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt.gz"
-    path.write_bytes(b"plain\n\ntext\n")
-    (reject,) = read_whole(path)
-    assert reject.text is None
-    assert (reject.line, reject.offset) == (1, 0)
 
 
 # --- Bad documents
@@ -422,6 +391,28 @@ def test_odd_json_is_a_reject_and_the_next_line_is_read(tmp_path: Path, line: by
     path = tmp_path / "file.jsonl"
     path.write_bytes(line + b'\n{"text": "next"}\n')
     assert [document.text for document in read_whole(path)] == [None, "next"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"text": "first", "text": "last"}', "last"),
+        (b'{"score": NaN, "text": "a", "other": -Infinity}', "a"),
+        (b'{"other": "\\ud800", "text": "a"}', "a"),
+        (b'{"text": "\\ud83d\\ude42"}', "🙂"),
+        (b'{"text": "\\u0000\\u2028"}', "\0\u2028"),
+        (b'{"other": ' + b"[" * 900 + b"]" * 900 + b', "text": "a"}', "a"),
+        (b'{"other": ' + b"9" * 4000 + b', "text": "a"}', "a"),
+        (b'{"other": 1e999999, "text": "a"}', "a"),
+        (b'  {"text": "a"}\t\r', "a"),
+        (b'{"other": ' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b', "text": "a"}', None),
+        (b'{"other": ' + b"9" * 100_000 + b', "text": "a"}', None),
+    ],
+)
+def test_json_at_the_edge_is_text_or_a_reject(tmp_path: Path, line: bytes, text: str | None) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(line + b'\n{"text": "next"}\n')
+    assert [document.text for document in read_whole(path)] == [text, "next"]
 
 
 def test_invalid_utf8_rejects_whole_documents(real_data: Path, tmp_path: Path) -> None:

@@ -181,6 +181,13 @@ def test_values_out_of_range_are_refused(tokenize: Run, flags: tuple[str, str]) 
     assert flags[1] in error_of(err)
 
 
+def test_encodings_without_ascii_line_endings_are_refused_with_the_way_out(tokenize: Run, check_refused: Check) -> None:
+    for encoding in ("utf-16", "utf-16-le", "UTF-32", "cp037"):
+        check_refused(tokenize("--encoding", encoding), "--encoding", encoding, "iconv", "UTF-8")
+    for encoding in ("klingon", "hex", "rot13"):
+        check_refused(tokenize("--encoding", encoding), "--encoding", encoding, "encoding that Python knows")
+
+
 @pytest.mark.parametrize("flags", [("--micro_batch", "0"), ("--mantissa_bits", "24"), ("--dtype", "float64")])
 def test_scoring_values_out_of_range_are_refused(score: Run, flags: tuple[str, str]) -> None:
     code, err = score(*flags)

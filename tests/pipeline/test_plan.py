@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -24,7 +24,10 @@ from scorer import files
 from scorer.errors import ConfigurationError, ShardError
 
 file_sizes = st.lists(
-    st.tuples(st.sampled_from(["txt", "jsonl", "txt.gz", "JSONL.GZ"]), st.integers(0, 400)), max_size=12
+    st.tuples(
+        st.sampled_from(["txt", "jsonl", "txt.gz", "JSONL.GZ", "txt.zst", "warc", "Warc.Wet.zstd"]), st.integers(0, 400)
+    ),
+    max_size=12,
 ).map(lambda files: {f"{index}.{suffix}": size for index, (suffix, size) in enumerate(files)})
 
 
@@ -43,13 +46,14 @@ def test_splits_cover_every_byte_once_in_order(sizes: dict[str, int], split_byte
         bounds = by_file[file]
         assert [start for start, _ in bounds] == [0, *(end for _, end in bounds)][: len(bounds)]
         assert (bounds[-1][1] if bounds else 0) == size
-        if not can_cut or file.lower().endswith(".gz"):
+        if not can_cut or file.lower().endswith((".gz", ".zst", ".zstd", ".warc")):
             assert len(bounds) <= 1
     order = list(sizes)
     assert all(order.index(first[0]) <= order.index(second[0]) for first, second in pairwise(ranges_of(splits)))
 
 
 @given(sizes=file_sizes, split_bytes=st.integers(1, 300))
+@example({"0.txt.gz": 1, "1.txt.gz": 0}, 1)
 def test_shards_are_numbered_and_none_is_without_text(sizes: dict[str, int], split_bytes: int) -> None:
     splits = split_files(sizes, split_bytes)
     count = len(splits)
@@ -130,6 +134,18 @@ def test_plan_survives_its_json(block_folder: Path, hardness_folder: Path) -> No
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_plans_without_an_encoding_are_of_utf8(
+    blocks: Path, shards: Path, edit_json: Callable[..., None], corpus_folder: Path, tokenizer_folder: Path
+) -> None:
+    for folder, encoding in ((blocks, "utf-8"), (shards, None)):
+        edit_json(folder / "_plan.json", lambda plan: plan["configuration"].pop("encoding"))
+        plan = read_plan(str(folder))
+        assert plan is not None
+        assert plan.configuration.encoding == encoding
+    arguments = ["--input", str(corpus_folder), "--tokenizer", str(tokenizer_folder), "--split_bytes", "100000"]
+    assert tokenize_corpus.main([*arguments, "--output", str(blocks)]) == 0
+
+
 def test_plan_lists_the_splits_of_the_corpus(block_folder: Path, corpus_folder: Path) -> None:
     plan = json.loads((block_folder / "_plan.json").read_bytes())
     sizes = {name: (corpus_folder / name).stat().st_size for name in ("a.jsonl", "b.txt")}
@@ -139,7 +155,10 @@ def test_plan_lists_the_splits_of_the_corpus(block_folder: Path, corpus_folder: 
     assert sum(end - start for _, start, end in covered) == sum(sizes.values())
 
 
-@pytest.mark.parametrize("value", ["", "{", "[]", "null", "5", "{}", '{"configuration": {}, "splits": []}', "\ufffd"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "{", "[]", "null", "5", "{}", '{"configuration": []}', '{"configuration": {}, "splits": []}', "\ufffd"],
+)
 def test_unreadable_plan_is_a_shard_error(tmp_path: Path, value: str) -> None:
     (tmp_path / "_plan.json").write_text(value)
     with pytest.raises(ShardError, match=r"_plan\.json"):
@@ -187,6 +206,7 @@ def tokenize(block_folder: Path, corpus_folder: Path, tokenizer_folder: Path) ->
         (["--text_field", "body"], ["text_field", "'?text'?", "body"]),
         (["--txt_document", "line"], ["txt_document", "blank-line", "line"]),
         (["--max_document_bytes", 1000], ["max_document_bytes", "1000"]),
+        (["--encoding", "latin-1"], ["encoding was utf-8, now iso8859-1"]),
         (["--start_token", "<unk>"], ["tokenizer", "start_id"]),
     ],
 )
