@@ -229,7 +229,7 @@ def _same_blocks_sha256(path: str, ours: ShardBuffer) -> str:
             np.array_equal(reader.read_row_group(index, perplexities=False).input_ids, group.input_ids)
             for index, group in enumerate(ours.row_groups())
         )
-        if not is_same or reader.read().sha256() != reader.metadata.content_sha256:
+        if not is_same or reader.content_sha256() != reader.metadata.content_sha256:
             raise ShardError(
                 f"{path} was published by another attempt with other blocks: did the corpus change meanwhile?"
             )

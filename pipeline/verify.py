@@ -1,21 +1,34 @@
-"""`python -m pipeline.verify DIR`: every checksum, count, range and fingerprint of a finished folder."""
+"""`python -m pipeline.verify DIR`: every checksum, count, range and fingerprint of a finished folder.
+
+    plan ── manifest ── receipts ── files ── footers ── values
+
+Each shard is held to what all of these say of it, and each of these to its neighbours. Checksums find what changed
+after the job; whoever changes a shard and its checksums alike is found by its footer and values, which the plan binds.
+A file is read once where it fits into memory, and row group by row group where it does not.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 from rich.progress import track
 
-from pipeline.plan import Plan, read_plan
+from pipeline.plan import PLAN_NAME, Plan, Split, plan_path, read_plan
 from pipeline.publication import merge_rejects
+from pipeline.wellformed import wrong_types
 from scorer import files
-from scorer.console import run_command
+from scorer.console import first_line, run_command
 from scorer.errors import ConfigurationError, HardnessError, ShardError
 from scorer.manifest import (
     MANIFEST_NAME,
@@ -25,11 +38,30 @@ from scorer.manifest import (
     Receipt,
     ShardEntry,
     read_manifest,
-    read_receipt,
+    receipt_path,
 )
-from scorer.shards import PERPLEXITY_COLUMNS, ShardContent, ShardMetadata, ShardReader
+from scorer.shards import FORMAT_VERSION, PERPLEXITY_COLUMNS, ROW_GROUP_BLOCKS, ShardContent, ShardReader, shard_name
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary
+
+_HELD_BYTES = 64 << 20
+"""A larger shard is hashed first and then read again, row group by row group."""
+_COUNTS = ("documents", "blocks", "tokens", "rejected_documents", "leftover_tokens")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong, and with what."""
+
+    where: str
+    """The name of a shard, or of another file in the folder."""
+    what: str
+    """With the row, where there is one."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,144 +75,312 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser.parse_args(list(arguments))
     if not files.is_folder(flags.folder):
         raise ConfigurationError(f"there is no folder {flags.folder}")
-    found = 0
-    for fault in find_faults(flags.folder):
-        print(f"fault: {fault}", file=sys.stderr)
+    # A line is a fault, however long: the bar's console would else break it at the terminal's width.
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    found, faulty = 0, set()
+    for fault in find_faults(flags.folder, console):
+        console.print(f"fault: {fault}")
         found += 1
+        faulty.add(fault.where)
     if found:
-        print(f"{flags.folder}: {found} fault(s); run the job that wrote it again to mend them", file=sys.stderr)
+        console.print(
+            f"{flags.folder}: {found:,} fault(s) in {len(faulty):,} file(s); "
+            "remove these files and run the job that wrote the folder again"
+        )
         return 1
     manifest = read_manifest(flags.folder)
-    print(f"{flags.folder} is sound: {len(manifest.shards)} shards, {manifest.blocks} blocks, {manifest.tokens} tokens")
+    print(
+        f"{flags.folder} is sound: {len(manifest.shards):,} shards, {manifest.blocks:,} blocks, "
+        f"{manifest.tokens:,} tokens"
+    )
     return 0
 
 
-def find_faults(folder: str) -> Iterator[str]:
-    """Yields every fault of a folder, each naming the shard and, where there is one, the row."""
-    try:
-        manifest, plan = read_manifest(folder), read_plan(folder)
-        if plan is None:
-            raise ShardError(f"{folder} has no plan")
-    except HardnessError as error:
-        yield str(error)
+def find_faults(folder: str, console: Console | None = None) -> Iterator[Fault]:
+    """Yields every fault of a folder, each naming the file and, where there is one, the row.
+
+    Args:
+        folder: what a job was given as --output.
+        console: shows a progress bar where it is a terminal.
+    """
+    manifest = yield from _load(MANIFEST_NAME, lambda: read_manifest(folder))
+    plan = yield from _load(PLAN_NAME, lambda: _read_plan(folder))
+    vocabulary = None if plan is None else (yield from _load(PLAN_NAME, lambda: _read_vocabulary(plan)))
+    if manifest is None or plan is None or vocabulary is None:
         return
-    yield from _folder_faults(folder, manifest, plan)
-    for index, entry in track(list(enumerate(manifest.shards)), "verifying", disable=not sys.stderr.isatty()):
-        for fault in _shard_faults(folder, index, entry, plan):
-            yield f"{entry.name}: {fault}"
-
-
-def _folder_faults(folder: str, manifest: Manifest, plan: Plan) -> Iterator[str]:
-    listed = [entry.name for entry in manifest.shards]
-    if listed != [split.shard for split in plan.splits]:
-        yield f"{MANIFEST_NAME} lists other shards than the plan"
-    for name in files.names(folder):
-        if name.endswith(".parquet") and name not in listed:
-            yield f"{name}: not in the manifest"
-    found = [read_receipt(folder, index) for index in range(len(listed))]
-    receipts = [receipt for receipt in found if receipt is not None]
-    if len(receipts) == len(listed):
+    yield from _folder_faults(folder, manifest, plan, vocabulary)
+    entries = {entry.name: entry for entry in manifest.shards}
+    receipts = []
+    has_bar = console is not None and console.is_terminal
+    splits = track(plan.splits, "verifying", console=console, disable=not has_bar, transient=True)
+    for split in splits:
+        receipt = yield from _load(split.shard, partial(_read_receipt, folder, split))
+        if receipt is not None:
+            receipts.append(receipt)
+        check = _ShardCheck(folder, plan, vocabulary, split, entries.get(split.shard), receipt)
+        for what in check.faults():
+            yield Fault(split.shard, what)
+    if len(receipts) == len(plan.splits):
         yield from _account_faults(folder, receipts)
-    vocabulary = Vocabulary.from_json(plan.configuration.tokenizer)
-    if dict(manifest.tokenizer) != vocabulary.fingerprints or manifest.alm != plan.configuration.alm:
-        yield f"{MANIFEST_NAME} has other fingerprints than the plan"
+
+
+def _load(where: str, read: Callable[[], T | None]) -> Generator[Fault, None, T | None]:
+    """Returns what `read` gives, or None after a fault that says why it cannot be used."""
     try:
-        if fingerprint(load_tokenizer(files.join(folder, TOKENIZER_FOLDER))) != vocabulary.fingerprints:
-            yield f"{TOKENIZER_FOLDER}/ holds another tokenizer than the plan's"
-    except HardnessError as error:
-        yield str(error)
+        value = read()
+    except FileNotFoundError:
+        value = None
+    except (HardnessError, OSError) as error:
+        yield Fault(where, str(error))
+        return None
+    if value is None:
+        yield Fault(where, "missing")
+        return None
+    wrong = [] if isinstance(value, bytes) else list(wrong_types(value))
+    for what in wrong:
+        yield Fault(where, what)
+    return None if wrong else value
 
 
-def _account_faults(folder: str, receipts: list[Receipt]) -> Iterator[str]:
+def _read_plan(folder: str) -> Plan | None:
+    """Like `read_plan`, and holds its version and the names of its shards to what jobs write.
+
+    Raises:
+        ShardError: it cannot be a plan that a job wrote.
+    """
+    plan = read_plan(folder)
+    if plan is None:
+        return None
+    version = files.read_json(plan_path(folder)).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ShardError(f"it is of format {version}, expected {FORMAT_VERSION}")
+    for index, split in enumerate(plan.splits):
+        expected = shard_name(index, len(plan.splits))
+        if split.shard != expected:
+            raise ShardError(f"splits[{index}] is for {split.shard!r}, expected {expected!r}")
+    return plan
+
+
+def _read_vocabulary(plan: Plan) -> Vocabulary:
+    """The tokenizer of a plan.
+
+    Raises:
+        ShardError: its ids cannot be those of a tokenizer.
+    """
+    try:
+        vocabulary = Vocabulary.from_json(plan.configuration.tokenizer)
+        ids = [*vocabulary.special_ids.values(), vocabulary.start_id, vocabulary.end_id]
+        if not all(0 <= id_ < vocabulary.size for id_ in ids):
+            raise ShardError(f"its tokenizer has special tokens beyond its {vocabulary.size} ids")
+    except (AttributeError, TypeError) as error:
+        raise ShardError(f"its tokenizer cannot be read: {error!r}") from error
+    return vocabulary
+
+
+def _read_receipt(folder: str, split: Split) -> Receipt:
+    """Like `scorer.manifest.read_receipt`, but says what is wrong with it.
+
+    Raises:
+        ShardError: it is missing or cannot be read.
+    """
+    path = receipt_path(folder, split.index)
+    try:
+        value = files.read_json(path)
+        receipt = Receipt.from_json(value)
+        for key, said in receipt.to_json().items():
+            if key in value and value[key] != said:
+                raise ShardError(f"its receipt {path} says {key} {value[key]!r:.60}, the rest of it {said!r:.60}")
+    except FileNotFoundError as error:
+        raise ShardError(f"its receipt {path} is missing") from error
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ShardError(f"its receipt {path} cannot be read: {error!r}") from error
+    return receipt
+
+
+def _folder_faults(folder: str, manifest: Manifest, plan: Plan, vocabulary: Vocabulary) -> Iterator[Fault]:
+    """Holds the lists of shards, and the tokenizers, to each other."""
+    planned = [split.shard for split in plan.splits]
+    listed = [entry.name for entry in manifest.shards]
+    there = {name for name in files.names(folder) if name.endswith(".parquet")}
+    for name in sorted({*planned} - {*listed}):
+        yield Fault(name, f"{MANIFEST_NAME} does not list it, the plan does")
+    for name in sorted({*listed} - {*planned}):
+        yield Fault(name, f"{MANIFEST_NAME} lists it, the plan does not")
+    for name in sorted(there - {*listed, *planned}):
+        yield Fault(name, f"not in {MANIFEST_NAME}")
+    if listed != planned and sorted(listed) != sorted({*listed}):
+        yield Fault(MANIFEST_NAME, "it lists a shard twice")
+    elif listed != planned and {*listed} == {*planned}:
+        yield Fault(MANIFEST_NAME, "it lists the shards in another order than the plan")
+    if dict(manifest.tokenizer) != vocabulary.fingerprints or manifest.alm != plan.configuration.alm:
+        yield Fault(MANIFEST_NAME, "it has other fingerprints than the plan")
+    saved = files.join(folder, TOKENIZER_FOLDER)
+    try:
+        if not files.is_folder(saved):
+            yield Fault(f"{TOKENIZER_FOLDER}/", "missing")
+        elif fingerprint(load_tokenizer(saved)) != vocabulary.fingerprints:
+            yield Fault(f"{TOKENIZER_FOLDER}/", "it is another tokenizer than the plan's")
+    except Exception as error:  # libraries raise whatever they stumble over in a damaged file
+        yield Fault(f"{TOKENIZER_FOLDER}/", f"it cannot be loaded: {first_line(error)}")
+
+
+def _account_faults(folder: str, receipts: list[Receipt]) -> Iterator[Fault]:
     """Holds the manifest's counts, as they stand in the file, and the rejects to the receipts."""
     written = files.read_json(files.join(folder, MANIFEST_NAME))
-    for name in ("documents", "blocks", "tokens", "rejected_documents", "leftover_tokens"):
+    for name in _COUNTS:
         counted = sum(getattr(receipt, name) for receipt in receipts)
         if written.get(name) != counted:
-            yield f"{MANIFEST_NAME} says {written.get(name)} {name}, the receipts {counted}"
-    path = files.join(folder, REJECTS_NAME)
-    if not files.exists(path):
-        yield f"{REJECTS_NAME} is missing"
-    elif files.read_bytes(path) != b"".join(merge_rejects(receipts)):
-        yield f"{REJECTS_NAME} does not list the rejects of the receipts"
+            yield Fault(MANIFEST_NAME, f"it says {written.get(name)} {name}, the receipts {counted}")
+    rejects = yield from _load(REJECTS_NAME, lambda: files.read_bytes(files.join(folder, REJECTS_NAME)))
+    expected = b"".join(merge_rejects(receipts))
+    if rejects is not None and rejects != expected:
+        lines = zip_longest(rejects.splitlines(keepends=True), expected.splitlines(keepends=True))
+        number = next(number for number, (line, other) in enumerate(lines, 1) if line != other)
+        yield Fault(REJECTS_NAME, f"line {number} is not what the receipts say")
 
 
-def _shard_faults(folder: str, index: int, entry: ShardEntry, plan: Plan) -> Iterator[str]:
-    path = files.join(folder, entry.name)
-    if not files.exists(path):
-        yield "missing"
-        return
-    sha256, length = files.sha256(path)
-    if length != entry.bytes:
-        yield f"{length} bytes, the manifest says {entry.bytes}"
-    elif sha256 != entry.sha256:
-        yield "its bytes are not those of the manifest (SHA-256 differs)"
-    receipt = read_receipt(folder, index)
-    if receipt is None:
-        yield "no receipt that can be read"
-    elif receipt.entry != entry:
-        yield "the receipt and the manifest disagree"
-    try:
-        reader = ShardReader(path)
-    except ShardError as error:
-        yield str(error)
-        return
-    with reader:
-        yield from _footer_faults(reader, entry, plan, index)
-        if receipt is not None:
-            yield from _count_faults(reader.metadata, receipt)
-        yield from _content_faults(reader, entry)
+@dataclass(frozen=True)
+class _ShardCheck:
+    """One shard, and all that is said of it."""
+
+    folder: str
+    plan: Plan
+    vocabulary: Vocabulary
+    """The plan's."""
+    split: Split
+    entry: ShardEntry | None
+    """The manifest's."""
+    receipt: Receipt | None
+
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the shard."""
+        yield from self._receipt_faults()
+        path = files.join(self.folder, self.split.shard)
+        try:
+            stream, sha256, length = _open_hashed(path)
+        except FileNotFoundError:
+            yield "missing"
+            return
+        except OSError as error:
+            yield f"it cannot be opened: {error}"
+            return
+        if self.entry is not None and length != self.entry.bytes:
+            yield f"{length} bytes, the manifest says {self.entry.bytes}"
+        elif self.entry is not None and sha256 != self.entry.sha256:
+            yield "its bytes are not those of the manifest (SHA-256 differs)"
+        try:
+            with ShardReader(path, stream) as reader:
+                yield from self._footer_faults(reader)
+                is_whole = yield from _value_faults(reader, self.vocabulary)
+                if is_whole:
+                    yield from self._content_faults(reader)
+        except ShardError as error:
+            yield str(error)
+
+    def _receipt_faults(self) -> Iterator[str]:
+        if self.receipt is None:
+            return
+        if self.receipt.rejected_documents != len(self.receipt.rejects):
+            yield (
+                f"its receipt says {self.receipt.rejected_documents} rejected_documents, and lists "
+                f"{len(self.receipt.rejects)}"
+            )
+        if self.entry is not None:
+            vouched = asdict(self.receipt.entry)
+            for name, value in asdict(self.entry).items():
+                if vouched[name] != value:
+                    yield f"its receipt says {name} {vouched[name]}, the manifest {value}"
+
+    def _footer_faults(self, reader: ShardReader) -> Iterator[str]:
+        metadata, configuration = reader.metadata, self.plan.configuration
+        yield from (f"its footer's {what}" for what in wrong_types(metadata))
+        if len(reader) != metadata.blocks:
+            yield f"{len(reader)} rows, its footer says {metadata.blocks}"
+        if self.entry is not None and len(reader) != self.entry.blocks:
+            yield f"{len(reader)} rows, the manifest says {self.entry.blocks}"
+        for name in ("documents", "rejected_documents", "leftover_tokens"):
+            if self.receipt is not None and getattr(metadata, name) != getattr(self.receipt, name):
+                yield f"its footer says {getattr(metadata, name)} {name}, its receipt {getattr(self.receipt, name)}"
+        if metadata.vocabulary != self.vocabulary:
+            yield "its footer names another tokenizer than the plan"
+        if metadata.alm != configuration.alm:
+            yield "its footer names another ALM than the plan"
+        if metadata.dtype != configuration.dtype:
+            yield f"its footer names dtype {metadata.dtype}, the plan {configuration.dtype}"
+        if configuration.source == "text" and metadata.split != [asdict(range_) for range_ in self.split.ranges]:
+            yield "it was made from another split than the plan has for it"
+        if configuration.source == "block shards":
+            planned = [(range_.file, range_.start, range_.end) for range_ in self.split.ranges]
+            if planned != [(self.split.shard, 0, len(reader))]:
+                yield f"{len(reader)} rows, the plan has {planned} for it"
+
+    def _content_faults(self, reader: ShardReader) -> Iterator[str]:
+        content_sha256 = reader.content_sha256()
+        said = {"its footer": reader.metadata.content_sha256}
+        if self.entry is not None:
+            said["the manifest"] = self.entry.content_sha256
+        for who, value in said.items():
+            if value != content_sha256:
+                yield f"its values are not those that {who} vouches for (content SHA-256 differs)"
+        if self.plan.configuration.source == "block shards":
+            planned = self.plan.configuration.input_files.get(self.split.shard)
+            if reader.content_sha256(perplexities=False) != planned:
+                yield "its input_ids are not those of the block shard in the plan (content SHA-256 differs)"
 
 
-def _count_faults(metadata: ShardMetadata, receipt: Receipt) -> Iterator[str]:
-    for name in ("documents", "rejected_documents", "leftover_tokens"):
-        if getattr(metadata, name) != getattr(receipt, name):
-            yield f"its footer says {getattr(metadata, name)} {name}, its receipt {getattr(receipt, name)}"
+def _open_hashed(path: str) -> tuple[BinaryIO, str, int]:
+    """Opens a file: its bytes from the beginning, their SHA-256, and their number. Small files are read only once."""
+    stream = files.open_binary(path)
+    head = stream.read(_HELD_BYTES)
+    digest, length = hashlib.sha256(head), len(head)
+    if length < _HELD_BYTES:
+        stream.close()
+        return io.BytesIO(head), digest.hexdigest(), length
+    while chunk := stream.read(_HELD_BYTES):
+        digest.update(chunk)
+        length += len(chunk)
+    stream.seek(0)
+    return stream, digest.hexdigest(), length
 
 
-def _footer_faults(reader: ShardReader, entry: ShardEntry, plan: Plan, index: int) -> Iterator[str]:
-    metadata = reader.metadata
-    if not len(reader) == metadata.blocks == entry.blocks:
-        yield f"{len(reader)} rows, its footer says {metadata.blocks}, the manifest {entry.blocks}"
-    if metadata.vocabulary != Vocabulary.from_json(plan.configuration.tokenizer):
-        yield "its footer names another tokenizer than the plan"
-    ranges = [asdict(range_) for range_ in plan.splits[index].ranges]
-    if plan.configuration.source == "text" and metadata.split != ranges:
-        yield "it was made from another split than the plan has for it"
-    if metadata.alm != plan.configuration.alm or metadata.dtype != plan.configuration.dtype:
-        yield "its footer names another ALM or dtype than the plan"
+def _value_faults(reader: ShardReader, vocabulary: Vocabulary) -> Generator[str, None, bool]:
+    """Looks at every value, row group by row group. Returns False where one cannot be read; the others are."""
+    is_whole = True
+    first: dict[str, tuple[int, int]] = {}
+    rows_with: Counter[str] = Counter()
+    for index in range(reader.row_groups):
+        try:
+            content = reader.read_row_group(index)
+        except ShardError as error:
+            yield str(error)
+            is_whole = False
+            continue
+        for what, wrong in _wrong_values(content, vocabulary):
+            rows = np.flatnonzero(wrong.any(axis=1))
+            if len(rows):
+                rows_with[what] += len(rows)
+                row = int(rows[0])
+                first.setdefault(what, (index * ROW_GROUP_BLOCKS + row, int(np.flatnonzero(wrong[row])[0])))
+    for what, (row, position) in first.items():
+        yield f"row {row}, position {position}: {what} ({rows_with[what]} row(s) in all)"
+    return is_whole
 
 
-def _content_faults(reader: ShardReader, entry: ShardEntry) -> Iterator[str]:
-    try:
-        content = reader.read()
-    except ShardError as error:
-        yield str(error)
-        return
-    if not content.sha256() == reader.metadata.content_sha256 == entry.content_sha256:
-        yield "its values are not those that were written (content SHA-256 differs)"
-    for what, wrong in _wrong_values(content, reader.metadata):
-        rows = np.flatnonzero(wrong.any(axis=1))
-        if len(rows):
-            column = int(np.flatnonzero(wrong[rows[0]])[0])
-            yield f"row {rows[0]}, position {column}: {what} ({len(rows)} row(s) in all)"
-
-
-def _wrong_values(content: ShardContent, metadata: ShardMetadata) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """What is wrong, and where: bool [N, 512]."""
-    vocabulary = metadata.vocabulary
+def _wrong_values(content: ShardContent, vocabulary: Vocabulary) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """What may be wrong with some rows, and where: bool [N, 512]."""
     ids = content.input_ids.astype(np.int64)
-    yield "an id that the tokenizer does not have", ids >= vocabulary.size
+    is_known = ids < vocabulary.size
+    yield "an id that the tokenizer does not have", ~is_known
     frame = np.zeros(ids.shape, dtype=bool)
     frame[:, 0], frame[:, -1] = ids[:, 0] != vocabulary.start_id, ids[:, -1] != vocabulary.end_id
     yield "not the frame token", frame
-    is_special = vocabulary.special_mask()[np.minimum(ids, vocabulary.size - 1)]
+    is_special = is_known & vocabulary.special_mask()[np.where(is_known, ids, 0)]
     for name in PERPLEXITY_COLUMNS:
         values: npt.NDArray[Any] | None = getattr(content, name)
         if values is None:
             continue
         yield f"{name} is not finite", ~np.isfinite(values)
-        yield f"{name} of an ordinary token is below 1", ~is_special & (values < 1)
+        yield f"{name} of an ordinary token is below 1", is_known & ~is_special & (values < 1)
         yield f"{name} of a special token is not 0", is_special & (values != 0)
 
 

@@ -153,7 +153,7 @@ def read_receipt(folder: str, index: int) -> Receipt | None:
     """The receipt of shard `index`, or None where there is none that can be read."""
     try:
         return Receipt.from_json(files.read_json(receipt_path(folder, index)))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (AttributeError, FileNotFoundError, IsADirectoryError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scorer import files
+from scorer.console import first_line
 from scorer.errors import ShardError, StorageError
 from scorer.vocabulary import Vocabulary
 
@@ -290,20 +291,26 @@ def _little_endian(values: npt.NDArray[Any]) -> memoryview:
 class ShardReader:
     """One open shard. Reads row groups on demand; page checksums are verified on the way."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, stream: BinaryIO | None = None):
         """Opens a shard and reads its footer.
+
+        Args:
+            path: of the shard, for opening and for messages.
+            stream: its bytes, where the caller has them already; closed with the reader.
 
         Raises:
             ShardError: it cannot be opened, or is not a shard of this format.
         """
         self.path = path
         try:
-            stream = files.open_binary(path)
+            stream = stream or files.open_binary(path)
         except OSError as error:
             raise ShardError(f"{path} cannot be opened: {error}") from error
         try:
             self._file = pq.ParquetFile(stream, page_checksum_verification=True)
+            self._schema = self._file.schema_arrow  # made anew at each look
             self.metadata = self._parse_footer()
+            self._check_row_groups()
         except _UNREADABLE as error:
             stream.close()
             raise ShardError(f"{path} cannot be read as Parquet: {error}") from error
@@ -323,13 +330,35 @@ class ShardReader:
         """Reads one row group.
 
         Raises:
-            ShardError: a checksum fails or a column has another shape.
+            ShardError: a checksum fails or a column has another shape; the message names the row group and its rows.
         """
-        return self._read([index], perplexities)
+        return ShardContent(**self._read([index], self._columns(perplexities)))
 
     def read(self, perplexities: bool = True) -> ShardContent:
-        """Reads the whole shard."""
-        return self._read(list(range(self.row_groups)), perplexities)
+        """Reads the whole shard.
+
+        Raises:
+            ShardError: a checksum fails or a column has another shape.
+        """
+        return ShardContent(**self._read(list(range(self.row_groups)), self._columns(perplexities)))
+
+    def content_sha256(self, perplexities: bool = True) -> str:
+        """`ShardContent.sha256` of all rows, without holding more than one column of one row group.
+
+        Args:
+            perplexities: False for the fingerprint that a block shard of the same `input_ids` has.
+
+        Raises:
+            ShardError: a checksum fails or a column has another shape; the message names the row group and its rows.
+        """
+        digest = hashlib.sha256()
+        for name in self._columns(perplexities):
+            dtype = np.dtype(self._schema.field(name).type.value_type.to_pandas_dtype())
+            digest.update(f"{name} {dtype.name} {len(self)}\n".encode())
+            for index in range(self.row_groups):
+                values = self._read([index], [name])[name]
+                digest.update(np.ascontiguousarray(values, dtype=dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -337,28 +366,48 @@ class ShardReader:
     def __exit__(self, *_: object) -> None:
         self._file.close(force=True)
 
-    def _read(self, groups: list[int], perplexities: bool) -> ShardContent:
+    def _columns(self, perplexities: bool) -> list[str]:
         wanted = (_ID_COLUMN, *PERPLEXITY_COLUMNS) if perplexities else (_ID_COLUMN,)
-        columns = [name for name in wanted if name in self._file.schema_arrow.names]
+        return [name for name in wanted if name in self._schema.names]
+
+    def _read(self, groups: list[int], columns: list[str]) -> dict[str, npt.NDArray[Any]]:
         try:
             table = self._file.read_row_groups(groups, columns=columns, use_threads=False)
+            return {name: self._to_numpy(table[name]) for name in columns}
         except _UNREADABLE as error:
-            raise ShardError(f"{self.path}, row groups {groups[:1]}…: {error}") from error
-        return ShardContent(**{name: self._to_numpy(table[name]) for name in columns})
+            what = self.path
+            if len(groups) == 1:
+                first = groups[0] * ROW_GROUP_BLOCKS
+                what += f", row group {groups[0]} (rows {first}:{min(first + ROW_GROUP_BLOCKS, len(self))})"
+            raise ShardError(f"{what} cannot be read: {first_line(error)}") from error
 
     def _to_numpy(self, column: pa.ChunkedArray) -> npt.NDArray[Any]:
-        if column.null_count:
-            raise ShardError(f"{self.path} holds null rows: it was not written by this project")
-        flat = [chunk.flatten().to_numpy() for chunk in column.chunks]
-        if len(flat) != 1:
-            flat = [np.concatenate([np.empty(0, dtype=column.type.value_type.to_pandas_dtype()), *flat])]
-        values: npt.NDArray[Any] = flat[0].reshape(-1, BLOCK_LENGTH)
+        flat = [chunk.flatten() for chunk in column.chunks]
+        if column.null_count or any(values.null_count for values in flat):
+            raise ValueError(f"it holds nulls in {column.type}")
+        arrays = [values.to_numpy() for values in flat]
+        if len(arrays) != 1:
+            arrays = [np.concatenate([np.empty(0, dtype=column.type.value_type.to_pandas_dtype()), *arrays])]
+        values: npt.NDArray[Any] = arrays[0].reshape(-1, BLOCK_LENGTH)
         return values
 
+    def _check_row_groups(self) -> None:
+        """Readers find a row by arithmetic, so every row group but the last must be full."""
+        rows = [self._file.metadata.row_group(index).num_rows for index in range(self.row_groups)]
+        is_regular = all(count == ROW_GROUP_BLOCKS for count in rows[:-1]) and max(rows, default=0) <= ROW_GROUP_BLOCKS
+        if not is_regular or sum(rows) != len(self):
+            raise ShardError(
+                f"{self.path} holds {len(self)} rows in row groups of {str(rows[:3])[1:-1]}{', …' * (len(rows) > 3)}: "
+                f"expected {ROW_GROUP_BLOCKS} in each but the last"
+            )
+
     def _parse_footer(self) -> ShardMetadata:
-        raw = (self._file.schema_arrow.metadata or {}).get(_FOOTER_KEY)
+        raw = (self._file.metadata.metadata or {}).get(_FOOTER_KEY)
         if raw is None:
             raise ShardError(f"{self.path} has no {_FOOTER_KEY.decode()!r} entry in its footer: it is not a shard")
+        if (self._schema.metadata or {}).get(_FOOTER_KEY) != raw:
+            # Arrow keeps a copy in its own schema entry, and shows that one to whoever reads with pyarrow.
+            raise ShardError(f"{self.path} has two {_FOOTER_KEY.decode()!r} entries in its footer that differ")
         try:
             value = json.loads(raw)
             version, length = value["format_version"], value["block_length"]
@@ -368,10 +417,13 @@ class ShardReader:
                     f"expected format {FORMAT_VERSION} with {BLOCK_LENGTH}"
                 )
             metadata = ShardMetadata.from_json(value)
-        except (ValueError, KeyError, TypeError) as error:
+            types = _column_types(metadata)
+            if metadata.tokens != value["tokens"]:
+                raise ValueError(f"{value['tokens']!r} tokens in {metadata.blocks!r} blocks")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{self.path} has an unreadable footer: {error!r}") from error
-        types = _column_types(metadata)
-        schema = self._file.schema_arrow
-        if schema.names != list(types) or any(not schema.field(name).type.equals(types[name]) for name in types):
+        if self._schema.names != list(types) or any(
+            not self._schema.field(name).type.equals(types[name]) for name in types
+        ):
             raise ShardError(f"{self.path} has other columns than {', '.join(types)} of {BLOCK_LENGTH} values a row")
         return metadata

@@ -151,7 +151,8 @@ def rewrite_shard(
             for column, values in arrays.items()
         }
         table = pa.table(columns).replace_schema_metadata({b"hardness": json.dumps(footer).encode()})
-        pq.write_table(table, folder / name, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "row_group_size": 256}
+        pq.write_table(table, folder / name, **options)
         vouch(folder, index, content_sha256=content_sha256(arrays))
 
     return rewrite

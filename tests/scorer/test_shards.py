@@ -1,9 +1,13 @@
 """The shard format: what is written is what is read, by us and by any Parquet reader; what is damaged says so."""
 
 import hashlib
+import io
 import json
 import struct
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +20,7 @@ from scorer.errors import ShardError
 from scorer.shards import ShardContent, ShardMetadata, ShardReader, round_mantissa, shard_name, write_shard
 from scorer.vocabulary import Vocabulary
 
+ROOT = Path(__file__).parents[2]
 FOOTER_KEYS = {
     *("format_version", "block_length", "vocabulary_size", "special_ids", "start_id", "end_id", "mask_id"),
     *("tokenizer", "alm", "split", "documents", "blocks", "tokens", "rejected_documents", "leftover_tokens"),
@@ -112,6 +117,15 @@ class TestRoundTrip:
         with ShardReader(str(write(content))) as reader:
             assert_same_content(reader.read(perplexities=False), ShardContent(content.input_ids))
 
+    def test_bytes_that_are_at_hand_are_not_read_again(self, write):
+        content = make_content(3)
+        path = write(content)
+        stream = io.BytesIO(path.read_bytes())
+        path.unlink()
+        with ShardReader(str(path), stream) as reader:
+            assert_same_content(reader.read(), content)
+        assert stream.closed
+
     def test_same_content_gives_same_bytes(self, write):
         first, again = write(make_content(300), "a.parquet"), write(make_content(300), "b.parquet")
         assert first.read_bytes() == again.read_bytes()
@@ -160,6 +174,15 @@ class TestOtherReaders:
             np.testing.assert_array_equal(np.stack(frame[name].to_list()), values)
 
 
+def documented_fingerprint(columns):
+    """`content_sha256` as docs/shard-format.md has it, over names and arrays [N, 512]."""
+    expected = hashlib.sha256()
+    for name, values in columns:
+        expected.update(f"{name} {values.dtype} {len(values)}\n".encode())
+        expected.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return expected.hexdigest()
+
+
 class TestFooter:
     def test_is_json_under_the_key_hardness_with_the_documented_keys(self, write):
         content = make_content(3)
@@ -193,6 +216,16 @@ class TestFooter:
             for row in table[name].to_pylist():
                 expected.update(b"".join(struct.pack(code, value) for value in row))
         assert json.loads(pq.read_schema(path).metadata[b"hardness"])["content_sha256"] == expected.hexdigest()
+
+    @pytest.mark.parametrize("rows", [0, 1, 256, 600])
+    @pytest.mark.parametrize("scored", [True, False])
+    def test_reader_finds_the_content_fingerprint_row_group_by_row_group(self, write, rows, scored):
+        content = make_content(rows, scored=scored)
+        with ShardReader(str(write(content))) as reader:
+            assert reader.content_sha256() == documented_fingerprint(content.columns())
+            assert reader.content_sha256(perplexities=False) == documented_fingerprint(
+                [("input_ids", content.input_ids)]
+            )
 
     def test_content_fingerprint_does_not_depend_on_byte_order_or_layout(self):
         content = make_content(2)
@@ -293,6 +326,46 @@ class TestDamage:
                 with ShardReader(str(damaged)) as reader, pytest.raises(ShardError, match=r"damaged\.parquet"):
                     reader.read()
 
+    def test_a_damaged_row_group_is_named_with_its_rows_and_the_others_can_be_read(self, write):
+        content = make_content(600)
+        path = write(content)
+        chunk = pq.read_metadata(path).row_group(1).column(2)
+        data = bytearray(path.read_bytes())
+        data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0x10
+        path.write_bytes(data)
+        with ShardReader(str(path)) as reader:
+            for read in (lambda: reader.read_row_group(1), reader.content_sha256):
+                with pytest.raises(ShardError, match=r"shard-00000.*row group 1 \(rows 256:512\) cannot be read.*CRC"):
+                    read()
+            np.testing.assert_array_equal(reader.read_row_group(2).input_ids, content.input_ids[512:])
+
+    @pytest.mark.parametrize(("rows", "size"), [(300, 1000), (300, 255), (10, 4)])
+    def test_row_groups_that_readers_would_not_find_rows_in_are_refused(self, write, rows, size):
+        path = write(make_content(rows))
+        pq.write_table(pq.read_table(path), path, row_group_size=size)
+        with pytest.raises(ShardError, match=f"{rows} rows in row groups of {min(rows, size)}.*expected 256"):
+            ShardReader(str(path))
+
+    @pytest.mark.parametrize("column", ["input_ids", "forward_perplexity"])
+    def test_nulls_are_refused(self, write, column):
+        path = write(make_content(3))
+        table = pq.read_table(path)
+        values = table[column].combine_chunks().flatten()
+        holes = pa.array(values.to_numpy(), mask=np.arange(len(values)) == 700)
+        lists = pa.FixedSizeListArray.from_arrays(holes, 512)
+        pq.write_table(table.set_column(table.column_names.index(column), column, lists), path)
+        with ShardReader(str(path)) as reader, pytest.raises(ShardError, match="nulls"):
+            reader.read()
+
+    def test_a_footer_that_pyarrow_shows_otherwise_than_other_readers_is_refused(self, write):
+        """pyarrow takes a schema's metadata from its own copy of it."""
+        path = write(make_content(3))
+        footer = pq.read_metadata(path).metadata[b"hardness"]
+        path.write_bytes(path.read_bytes().replace(footer, footer.replace(b'"documents": 3', b'"documents": 4')))
+        assert json.loads(pq.read_schema(path).metadata[b"hardness"])["documents"] == 3
+        with pytest.raises(ShardError, match="two 'hardness' entries"):
+            ShardReader(str(path))
+
     @pytest.mark.parametrize("data", [b"", b"PAR1", b"not parquet at all", b"PAR1" + 100 * b"\0" + b"PAR1"])
     def test_a_file_that_is_not_parquet_is_named(self, tmp_path, data):
         path = tmp_path / "foreign.parquet"
@@ -324,6 +397,8 @@ class TestDamage:
             ({"format_version": 2}, "format 2"),
             ({"block_length": 128}, "blocks of 128 tokens"),
             ({"tokenizer": {}}, "unreadable footer"),
+            ({"tokens": 1}, "unreadable footer.*1 tokens"),
+            ({"vocabulary_size": "50265"}, "unreadable footer"),
             ({"alm": None}, "other columns"),
             ({"vocabulary_size": 100_000}, "other columns"),
         ],
@@ -350,3 +425,26 @@ class TestDamage:
         pq.write_table(table.replace_schema_metadata({b"hardness": json.dumps(footer)}), path)
         with pytest.raises(ShardError, match="format 2"):
             ShardReader(str(path))
+
+
+READ_ALL = """
+import sys, tracemalloc
+import pandas, pyarrow  # pyarrow imports pandas at its first conversion, which is not what is measured
+from scorer.shards import ShardReader
+
+with ShardReader(sys.argv[1]) as reader:
+    tracemalloc.start()
+    before = pyarrow.default_memory_pool().max_memory()
+    assert reader.content_sha256() == reader.metadata.content_sha256
+    for index in range(reader.row_groups):
+        reader.read_row_group(index)
+    print(pyarrow.default_memory_pool().max_memory() - before + tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_memory_of_reading_by_row_groups_does_not_grow_with_the_shard(write):
+    """40 row groups, in a process of its own: what Arrow and numpy hold at most is less than 10 of them."""
+    row_group = 256 * 512 * (2 + 4 + 4)
+    path = write(make_content(40 * 256))
+    done = subprocess.run([sys.executable, "-c", READ_ALL, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert row_group < int(done.stdout) < 10 * row_group
