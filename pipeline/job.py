@@ -10,26 +10,34 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.failures import forget_set_aside
+from pipeline.estimate import estimate, require_room
+from pipeline.failures import Tolerance, forget_set_aside
+from pipeline.inputs import BlockInput, TextInput
 from pipeline.lease import holding
-from pipeline.plan import Plan
+from pipeline.plan import Plan, adopt_plan
 from pipeline.progress import STALLED_SECONDS, describe_progress, measure, reporting_progress
-from pipeline.publication import check_published, remove_temporaries
-from pipeline.shard_making import Recipe
+from pipeline.publication import Provenance, check_published, remove_temporaries
+from pipeline.shard_making import Recipe, Step
 from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
-from scorer import errors
+from scorer import errors, files
 from scorer.devices import device_count
 from scorer.errors import ConfigurationError, HardnessError
-from scorer.manifest import Manifest
+from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest
+from scorer.tokenizer import fingerprint, load_tokenizer
+from scorer.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "PrismRunner")
+_VERSIONED = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
 _SHARDS_AT_A_TIME_ON_CUDA = 3
 """One is scored while another is tokenized and a third is written."""
 
@@ -65,32 +73,76 @@ def assemble_crew(options: PipelineOptions, device: str = "cpu") -> Crew:
     return Crew(processes=workers, threads=threads, cores=max(1, cores // workers))
 
 
-def run_job(plan: Plan, recipe: Recipe, crew: Crew, limits: Limits, options: PipelineOptions) -> Manifest:
-    """Runs a job to its end, and holds the folder to the plan afterwards.
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before a job begins."""
+
+    folder: str
+    """Of the shards."""
+    corpus: TextInput | BlockInput
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    plan: Plan
+    """As this run would make it."""
+    step: Step
+    provenance: Provenance
+    crew: Crew
+    tolerance: Tolerance
+
+    def run(self, options: PipelineOptions) -> Manifest:
+        """Does what the folder's plan still has to be done, and holds the folder to it afterwards.
+
+        Raises:
+            ConfigurationError: the folder was begun with another configuration, another driver is at work in it, or
+                the shards will not fit on its disk.
+            HardnessError: the job failed, with the message of whatever failed in a worker.
+        """
+        if options.view_as(StandardOptions).runner in LOCAL_RUNNERS:
+            # One thread of Beam's hands out the splits; the crew does the work.
+            direct = options.view_as(DirectOptions)
+            direct.direct_running_mode, direct.direct_num_workers = "in_memory", 1
+        plan = adopt_plan(self.folder, self.plan)
+        with holding(self.folder):
+            _prepare_folder(self.folder, self.tokenizer, self.vocabulary)
+            estimated = estimate(self.corpus, plan, self.tokenizer, self.vocabulary)
+            limits = Limits(self.tolerance, len(plan.splits), require_room(self.folder, estimated, plan))
+            source = self.corpus.source(self.folder, self.vocabulary)
+            recipe = Recipe(self.folder, source, self.step, self.provenance)
+
+            pipeline = beam.Pipeline(options=options)
+            splits = pipeline | PlannedSplits(self.folder, plan)
+            made = splits.missing | "Tokenize, score, publish" >> beam.ParDo(MakeShards(recipe, self.crew, limits))
+            (splits[PUBLISHED], made) | WriteManifest(self.folder, plan, self.tolerance)
+
+            with reporting_progress(self.folder, plan), _workers_ended(self.folder, plan), _without_tracebacks():
+                _run(pipeline)
+            manifest = check_published(self.folder, plan)
+        _summarize(self.folder, manifest)
+        return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that the bytes of a shard may depend on."""
+    return {name: version(name) for name in _VERSIONED}
+
+
+def _prepare_folder(folder: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+    """Makes the folder ready for workers and trainers, and removes what earlier runs left unfinished.
 
     Raises:
-        HardnessError: the job failed, with the message of whatever failed in a worker.
-        ConfigurationError: another driver is at work in the folder.
-        ShardError: the runner reported success, but a planned shard is missing.
+        ConfigurationError: the folder holds another tokenizer.
     """
-    folder = recipe.folder
-    if options.view_as(StandardOptions).runner in LOCAL_RUNNERS:
-        # One thread of Beam's hands out the splits; the crew does the work.
-        direct = options.view_as(DirectOptions)
-        direct.direct_running_mode, direct.direct_num_workers = "in_memory", 1
-    with holding(folder):
-        remove_temporaries(folder, older_than=STALLED_SECONDS)
-        forget_set_aside(folder)
-        pipeline = beam.Pipeline(options=options)
-        splits = pipeline | PlannedSplits(folder, plan)
-        made = splits.missing | "Make shards" >> beam.ParDo(MakeShards(recipe, crew, limits))
-        (splits[PUBLISHED], made) | WriteManifest(folder, plan, limits.tolerance)
-        with reporting_progress(folder, plan), _workers_ended(folder, plan), _without_worker_tracebacks():
-            _run(pipeline)
-        return check_published(folder, plan)
+    files.make_folder(files.join(folder, RECEIPTS_FOLDER))
+    saved = files.join(folder, TOKENIZER_FOLDER)
+    if not files.exists(files.join(saved, "tokenizer_config.json")):
+        files.put_folder(saved, tokenizer.save_pretrained)
+    if fingerprint(load_tokenizer(saved)) != vocabulary.fingerprints:
+        raise ConfigurationError(f"{saved} holds another tokenizer: choose another --output")
+    remove_temporaries(folder, older_than=STALLED_SECONDS)
+    forget_set_aside(folder)
 
 
-def summarize(folder: str, manifest: Manifest) -> None:
+def _summarize(folder: str, manifest: Manifest) -> None:
     """Says what a finished job left behind."""
     logger.info(
         "%s is complete: %d shards, %d documents, %d blocks, %d tokens, %d left over, %d documents rejected",
@@ -133,8 +185,8 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _without_worker_tracebacks() -> Iterator[None]:
-    """Keeps Beam from logging a traceback for what `run_job` reports by its message."""
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps Beam from logging a traceback for what `_run` reports by its message."""
     logger_of_dofns = logging.getLogger("apache_beam.runners.common")
 
     def drop(_: logging.LogRecord) -> bool:

@@ -55,6 +55,9 @@ def command_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoding", default=DEFAULT_ENCODING, help="of the text, as Python names it; its line endings must be ASCII's"
     )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be done and how long it would take; write nothing"
+    )
     return parser
 
 

@@ -118,12 +118,21 @@ def adopt_plan(folder: str, planned: Plan) -> Plan:
         files.publish(plan_path(folder), files.to_json(planned.to_json()))
         existing = read_plan(folder)
         assert existing is not None
+    require_same(folder, existing, planned)
+    return existing
+
+
+def require_same(folder: str, existing: Plan, planned: Plan) -> None:
+    """Holds what is asked for to what a folder was begun with.
+
+    Raises:
+        ConfigurationError: it is another configuration; the message says what differs.
+    """
     if differences := _differences(existing.configuration, planned.configuration):
         raise ConfigurationError(
             f"{folder} was begun with another configuration: {'; '.join(differences)}. "
             "Run with the same flags and corpus to go on, or choose another --output"
         )
-    return existing
 
 
 def common_folder(paths: Iterable[str]) -> str:

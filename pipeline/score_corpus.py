@@ -12,16 +12,14 @@ from collections.abc import Sequence
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from pipeline import jobs
 from pipeline.failures import Tolerance
-from pipeline.job import LOCAL_RUNNERS, assemble_crew, run_job, summarize
-from pipeline.jobs import BlockInput, TextInput
+from pipeline.inputs import BlockInput, TextInput, find_input, read_vocabulary
+from pipeline.job import LOCAL_RUNNERS, Job, assemble_crew, versions
 from pipeline.options import command_parser, parse, text_format
-from pipeline.plan import Configuration, Plan, adopt_plan, read_plan
+from pipeline.plan import Configuration, Plan, read_plan
+from pipeline.preview import preview
 from pipeline.publication import Provenance
 from pipeline.scoring import AlmScorer, Scorer, Scoring
-from pipeline.shard_making import Recipe
-from pipeline.supervision import Limits
 from scorer import files
 from scorer.alm import DTYPES, check_alm, fingerprint_alm
 from scorer.console import run_command
@@ -44,16 +42,13 @@ def main(arguments: Sequence[str], scorer: Scorer | None = None) -> int:
             for text.
     """
     flags, options = parse(_parser(has_scorer=scorer is not None), arguments)
-    tolerance = Tolerance.parse(flags.max_rejected_documents)
-    corpus = jobs.find_input(flags.input, flags.split_bytes, text_format(flags))
+    corpus = find_input(flags.input, flags.split_bytes, text_format(flags))
     if scorer is None:
         for warning in check_alm(flags.alm):
             logger.warning("%s", warning)
     tokenizer = load_tokenizer(_tokenizer_path(flags, corpus))
-    vocabulary = jobs.read_vocabulary(tokenizer, flags, corpus)
-    if scorer is None:
-        scorer = _alm_scorer(flags, options, vocabulary)
-    crew = assemble_crew(options, getattr(scorer, "device_name", scorer.device))
+    vocabulary = read_vocabulary(tokenizer, flags, corpus)
+    scorer = scorer or _alm_scorer(flags, options, vocabulary)
     configuration = Configuration(
         kind="hardness",
         tokenizer=vocabulary.to_json(),
@@ -62,16 +57,21 @@ def main(arguments: Sequence[str], scorer: Scorer | None = None) -> int:
         mantissa_bits=flags.mantissa_bits,
         **corpus.configuration(),
     )
-    plan = adopt_plan(flags.output, Plan(configuration, corpus.splits()))
-    jobs.prepare_output(flags.output, tokenizer, vocabulary)
-    recipe = Recipe(
+    job = Job(
         folder=flags.output,
-        source=corpus.source(flags.output, vocabulary),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        plan=Plan(configuration, corpus.splits()),
         step=Scoring(scorer, vocabulary, flags.mantissa_bits),
-        provenance=Provenance(vocabulary, scorer.alm, scorer.device, scorer.dtype, scorer.micro_batch, jobs.versions()),
+        provenance=Provenance(vocabulary, scorer.alm, scorer.device, scorer.dtype, scorer.micro_batch, versions()),
+        crew=assemble_crew(options, getattr(scorer, "device_name", scorer.device)),
+        tolerance=Tolerance.parse(flags.max_rejected_documents),
     )
-    limits = Limits(tolerance, len(plan.splits), 0)
-    summarize(flags.output, run_job(plan, recipe, crew, limits, options))
+    if flags.dry_run:
+        preview(job)
+    else:
+        job.run(options)
     return 0
 
 

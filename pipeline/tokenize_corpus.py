@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import jobs
 from pipeline.failures import Tolerance
-from pipeline.job import assemble_crew, run_job, summarize
+from pipeline.inputs import find_text, read_vocabulary
+from pipeline.job import Job, assemble_crew, versions
 from pipeline.options import command_parser, parse, text_format
-from pipeline.plan import Configuration, Plan, adopt_plan
+from pipeline.plan import Configuration, Plan
+from pipeline.preview import preview
 from pipeline.publication import Provenance
-from pipeline.shard_making import KeepBlocks, Recipe
-from pipeline.supervision import Limits
+from pipeline.shard_making import KeepBlocks
 from scorer.console import run_command
 from scorer.tokenizer import load_tokenizer
 
@@ -25,9 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", required=True, metavar="NAME", help="a folder, or a name on the hub")
     flags, options = parse(parser, arguments)
 
-    corpus = jobs.find_text(flags.input, flags.split_bytes, text_format(flags))
+    corpus = find_text(flags.input, flags.split_bytes, text_format(flags))
     tokenizer = load_tokenizer(flags.tokenizer)
-    vocabulary = jobs.read_vocabulary(tokenizer, flags, corpus)
+    vocabulary = read_vocabulary(tokenizer, flags, corpus)
     configuration = Configuration(
         kind="blocks",
         tokenizer=vocabulary.to_json(),
@@ -36,16 +36,21 @@ def main(arguments: Sequence[str]) -> int:
         mantissa_bits=None,
         **corpus.configuration(),
     )
-    plan = adopt_plan(flags.output, Plan(configuration, corpus.splits()))
-    jobs.prepare_output(flags.output, tokenizer, vocabulary)
-    recipe = Recipe(
+    job = Job(
         folder=flags.output,
-        source=corpus.source(flags.output, vocabulary),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        plan=Plan(configuration, corpus.splits()),
         step=KeepBlocks(),
-        provenance=Provenance(vocabulary, None, None, None, None, jobs.versions()),
+        provenance=Provenance(vocabulary, None, None, None, None, versions()),
+        crew=assemble_crew(options),
+        tolerance=Tolerance.parse(flags.max_rejected_documents),
     )
-    limits = Limits(Tolerance.parse(flags.max_rejected_documents), len(plan.splits), 0)
-    summarize(flags.output, run_job(plan, recipe, assemble_crew(options), limits, options))
+    if flags.dry_run:
+        preview(job)
+    else:
+        job.run(options)
     return 0
 
 

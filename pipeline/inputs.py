@@ -1,11 +1,11 @@
-"""What the drivers of both jobs share: from flags to a plan, and from a plan to a checked folder of shards."""
+"""What a job reads: `--input` resolved to text files or to block shards, and the vocabulary that goes with them."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,16 +21,17 @@ from pipeline.plan import (
     split_files,
 )
 from pipeline.sources import BlockSource, Source, TextSource
+from pipeline.tokenization import Ids
 from scorer import files
 from scorer.errors import ConfigurationError
-from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
-from scorer.tokenizer import describe, fingerprint, load_tokenizer
+from scorer.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, has_manifest, read_manifest
+from scorer.shards import ShardReader
+from scorer.tokenizer import describe, fingerprint
 from scorer.vocabulary import Vocabulary, require_same_vocabulary
 
 logger = logging.getLogger(__name__)
 
 _LARGE_ARCHIVE_BYTES = 1 << 30
-_VERSIONED = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class TextInput:
 
     def _is_one_document(self, file: str) -> bool:
         return self.text_format.txt_document == "file" and file.lower().endswith(".txt")
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{len(self.sizes):,} file(s), {sum(self.sizes.values()) / 1e9:,.3f} GB"
 
     def source(self, folder: str, vocabulary: Vocabulary) -> Source:
         """How workers read it, with the tokenizer that the job saved in its output folder."""
@@ -82,6 +87,17 @@ class BlockInput:
     def splits(self) -> tuple[Split, ...]:
         """One split a block shard."""
         return split_block_shards(self.manifest)
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{len(self.manifest.shards):,} block shard(s), {self.manifest.blocks:,} blocks"
+
+    def sample_blocks(self) -> Iterator[Ids]:
+        """Some blocks of each shard, uint16 or uint32 [N, 512]; shards without a row give none."""
+        for shard in self.manifest.shards:
+            if shard.blocks:
+                with ShardReader(files.join(self.root, shard.name)) as reader:
+                    yield reader.read_row_group(0, perplexities=False).input_ids
 
     def source(self, folder: str, vocabulary: Vocabulary) -> Source:
         """How workers read it."""
@@ -190,25 +206,6 @@ def read_vocabulary(
     if vocabulary.mask_id is None:
         logger.warning("the tokenizer has no mask token: fine for an ALM, but a masked LM cannot be trained on these")
     return vocabulary
-
-
-def prepare_output(folder: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-    """Puts the tokenizer into the output folder, for workers and for trainers.
-
-    Raises:
-        ConfigurationError: the folder holds another tokenizer.
-    """
-    files.make_folder(files.join(folder, RECEIPTS_FOLDER))
-    saved = files.join(folder, TOKENIZER_FOLDER)
-    if not files.exists(files.join(saved, "tokenizer_config.json")):
-        files.put_folder(saved, tokenizer.save_pretrained)
-    if fingerprint(load_tokenizer(saved)) != vocabulary.fingerprints:
-        raise ConfigurationError(f"{saved} holds another tokenizer: choose another --output")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the bytes of a shard may depend on."""
-    return {name: version(name) for name in _VERSIONED}
 
 
 def _is_utf8(path: str) -> bool:
