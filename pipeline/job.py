@@ -22,7 +22,7 @@ from pipeline.failures import Tolerance, forget_set_aside
 from pipeline.inputs import BlockInput, TextInput
 from pipeline.lease import holding
 from pipeline.plan import Plan, adopt_plan
-from pipeline.progress import STALLED_SECONDS, describe_progress, measure, reporting_progress
+from pipeline.progress import STALLED_SECONDS, measure, reporting_progress
 from pipeline.publication import Provenance, check_published, remove_temporaries
 from pipeline.shard_making import Recipe, Step
 from pipeline.supervision import Crew, Limits, close_all
@@ -179,7 +179,8 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
     except BaseException:
         close_all()
         remove_temporaries(folder)
-        logger.info("stopped: %s are in %s", describe_progress(measure(folder, plan)), folder)
+        progress = measure(folder, plan)
+        logger.info("stopped with %d of %d shards in %s", progress.done, progress.planned, folder)
         raise
     close_all()
 

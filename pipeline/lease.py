@@ -73,9 +73,9 @@ def holding(folder: str) -> Iterator[None]:
         files.remove(path)
 
 
-def is_driven(folder: str) -> bool:
-    """Says whether a driver is at work in the folder."""
-    return _living_holder(files.join(folder, LEASE_NAME)) is not None
+def living_driver(folder: str) -> str | None:
+    """Describes the driver that is at work in the folder, or None where there is none that is known to live."""
+    return _living_holder(files.join(folder, LEASE_NAME))
 
 
 def _take(path: str, lease: bytes) -> None:

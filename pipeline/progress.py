@@ -14,25 +14,42 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from pipeline.plan import Plan, plan_path
+from pipeline.failures import SetAside, read_set_aside
+from pipeline.lease import living_driver
+from pipeline.plan import PLAN_NAME, Plan
+from pipeline.supervision import IN_FLIGHT_NAME
 from scorer import files
 from scorer.errors import HardnessError
-from scorer.manifest import (
-    MANIFEST_NAME,
-    RECEIPTS_FOLDER,
-    Receipt,
-    has_manifest,
-    read_manifest,
-    read_receipt,
-)
+from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, Receipt, read_manifest, read_receipt
+from scorer.shards import RUN_LENGTH
 
 logger = logging.getLogger(__name__)
 
 STALLED_SECONDS = 600.0
 _RATE_WINDOW_SHARDS = 32
 _REPORT_SECONDS = 10.0
+_FRESH_SECONDS = 60.0
+"""From then on a word about what is in flight is that of a process that was killed."""
 
 State = Literal["complete", "running", "stalled", "damaged"]
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A shard that some worker is at."""
+
+    shard: str
+    seconds: float
+    """Since it was begun."""
+    blocks: int
+    """Ready to be written."""
+    attempt: int
+    """1, or more where the split failed before."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since it was begun."""
+        return self.blocks * RUN_LENGTH / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,57 +66,121 @@ class Progress:
     tokens: int
     rejected_documents: int
     tokens_per_second: float | None
-    """Over the last shards that were published; None where fewer than two were."""
+    """Over the last shards that were published, else over those in flight; None where nothing was done yet."""
     seconds_left: float | None
+    driver: str | None
+    """Which process is at work on the folder; None where none is, or none that is known to live."""
+    in_flight: tuple[InFlight, ...] = ()
+    """Longest first: the first one is the slowest."""
+    set_aside: tuple[SetAside, ...] = ()
+    """Splits that the last run could not make."""
     damage: tuple[str, ...] = ()
     """What is wrong with shards that should be there."""
 
 
+@dataclass(frozen=True)
+class _Published:
+    """A sound shard, less its rejects, and when it was published."""
+
+    documents: int
+    blocks: int
+    tokens: int
+    rejected_documents: int
+    modified: float
+
+
+class Watch:
+    """Looks at a folder again and again; each receipt is read once."""
+
+    def __init__(self, folder: str, plan: Plan):
+        self._folder = folder
+        self._plan = plan
+        self._known: dict[tuple[str, files.Entry, files.Entry | None], _Published | str] = {}
+        """By shard, its entry and its receipt's: what was read of it, or what is wrong."""
+
+    def look(self) -> Progress:
+        """Reads progress from receipts, names and sizes; no shard is opened."""
+        present = files.listing(self._folder)
+        receipts = files.listing(files.join(self._folder, RECEIPTS_FOLDER))
+        found = [
+            self._examine(split.index, split.shard, present[split.shard], receipts.get(f"{split.index:05d}.json"))
+            for split in self._plan.splits
+            if split.shard in present
+        ]
+        published = [item for item in found if isinstance(item, _Published)]
+        damage = [item for item in found if isinstance(item, str)]
+        is_complete = MANIFEST_NAME in present
+        if is_complete:
+            damage += _missing(self._folder, present)
+        driver = living_driver(self._folder)
+        planned = {split.shard for split in self._plan.splits} - present.keys()
+        set_aside = tuple(failure for failure in read_set_aside(self._folder) if failure.shard in planned)
+        state: State = "running"
+        if damage or (set_aside and driver is None):
+            state = "damaged"
+        elif is_complete:
+            state = "complete"
+        elif time.time() - self._last_change(present) > STALLED_SECONDS:
+            state = "stalled"
+        in_flight = _in_flight(self._folder, present)
+        tokens = sum(item.tokens for item in published)
+        rate = (
+            _rate(published, present[PLAN_NAME].modified) or sum(shard.tokens_per_second for shard in in_flight) or None
+        )
+        seconds_left = 0.0 if state == "complete" else None
+        if state == "running" and rate and published:
+            remaining = (len(self._plan.splits) - len(published)) * tokens / len(published)
+            seconds_left = max(0.0, remaining - sum(shard.blocks * RUN_LENGTH for shard in in_flight)) / rate
+        return Progress(
+            state=state,
+            planned=len(self._plan.splits),
+            done=len(published),
+            documents=sum(item.documents for item in published),
+            blocks=sum(item.blocks for item in published),
+            tokens=tokens,
+            rejected_documents=sum(item.rejected_documents for item in published),
+            tokens_per_second=rate,
+            seconds_left=seconds_left,
+            driver=driver,
+            in_flight=in_flight,
+            set_aside=set_aside,
+            damage=tuple(damage),
+        )
+
+    def _examine(
+        self, index: int, shard: str, entry: files.Entry, receipt_entry: files.Entry | None
+    ) -> _Published | str:
+        key = (shard, entry, receipt_entry)
+        if key not in self._known:
+            self._known[key] = _hold(read_receipt(self._folder, index), shard, entry)
+        return self._known[key]
+
+    def _last_change(self, present: dict[str, files.Entry]) -> float:
+        """When anything of the job was last written."""
+        signs = {split.shard for split in self._plan.splits} | {PLAN_NAME, RECEIPTS_FOLDER}
+        times = [entry.modified for name, entry in present.items() if name in signs or files.is_temporary(name)]
+        return max(times, default=0.0)
+
+
 def measure(folder: str, plan: Plan) -> Progress:
-    """Reads a folder's progress from receipts, names and sizes; no shard is opened."""
-    published, damage = _published(folder, plan)
-    is_complete = has_manifest(folder)
-    if is_complete:
-        damage += _missing_from(folder)
-    receipts = [receipt for receipt, _ in published]
-    tokens = sum(receipt.tokens for receipt in receipts)
-    rate = _rate(published)
-    state: State = "running"
-    if damage:
-        state = "damaged"
-    elif is_complete:
-        state = "complete"
-    elif time.time() - _last_change(folder, [modified for _, modified in published]) > STALLED_SECONDS:
-        state = "stalled"
-    seconds_left = 0.0 if state == "complete" else None
-    if state == "running" and rate and receipts:
-        seconds_left = (len(plan.splits) - len(published)) * tokens / len(receipts) / rate
-    return Progress(
-        state=state,
-        planned=len(plan.splits),
-        done=len(published),
-        documents=sum(receipt.documents for receipt in receipts),
-        blocks=sum(receipt.blocks for receipt in receipts),
-        tokens=tokens,
-        rejected_documents=sum(receipt.rejected_documents for receipt in receipts),
-        tokens_per_second=rate,
-        seconds_left=seconds_left,
-        damage=tuple(damage),
-    )
+    """One look at a folder."""
+    return Watch(folder, plan).look()
 
 
 @contextmanager
 def reporting_progress(folder: str, plan: Plan) -> Iterator[None]:
     """Logs the folder's progress every few seconds while the body runs."""
     finished = threading.Event()
+    watch = Watch(folder, plan)
 
     def report() -> None:
-        shown = -1
+        shown = ""
         while not finished.wait(_REPORT_SECONDS):
-            progress = measure(folder, plan)
-            if progress.done != shown:
-                shown = progress.done
-                logger.info("%s", describe_progress(progress))
+            with suppress(OSError):  # storage that is gone for a moment must not end the reports
+                line = describe_progress(watch.look())
+                if line != shown:
+                    logger.info("%s", line)
+                shown = line
 
     logger.info("%d shards planned in %s", len(plan.splits), folder)
     thread = threading.Thread(target=report, name="progress", daemon=True)
@@ -113,35 +194,29 @@ def reporting_progress(folder: str, plan: Plan) -> Iterator[None]:
 
 def describe_progress(progress: Progress) -> str:
     """One line for people."""
-    rate = f", {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
-    left = f", {progress.seconds_left:,.0f} s left" if progress.seconds_left else ""
-    return f"{progress.done} of {progress.planned} shards, {progress.tokens:,} tokens{rate}{left}"
+    parts = [f"{progress.done} of {progress.planned} shards", f"{progress.tokens:,} tokens"]
+    if progress.in_flight:
+        blocks = sum(shard.blocks for shard in progress.in_flight)
+        parts.append(f"{len(progress.in_flight)} in flight ({blocks:,} blocks)")
+    if progress.tokens_per_second:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.seconds_left:
+        parts.append(f"{progress.seconds_left:,.0f} s left")
+    if progress.set_aside:
+        parts.append(f"{len(progress.set_aside)} set aside")
+    return ", ".join(parts)
 
 
-def _published(folder: str, plan: Plan) -> tuple[list[tuple[Receipt, float]], list[str]]:
-    """Receipts of published shards with the shards' times, and what does not fit."""
-    published, damage = [], []
-    present = set(files.names(folder))
-    for split in plan.splits:
-        if split.shard not in present:
-            continue
-        path = files.join(folder, split.shard)
-        receipt = read_receipt(folder, split.index)
-        try:
-            size, modified = files.size(path), files.modified(path)
-        except FileNotFoundError:
-            continue  # renamed aside since the folder was listed
-        if receipt is None:
-            damage.append(f"{split.shard} has no receipt that can be read")
-        elif size != receipt.bytes:
-            damage.append(f"{split.shard} has {size} bytes, its receipt says {receipt.bytes}")
-        else:
-            published.append((receipt, modified))
-    return published, damage
+def _hold(receipt: Receipt | None, shard: str, entry: files.Entry) -> _Published | str:
+    """Holds a shard's size to its receipt."""
+    if receipt is None:
+        return f"{shard} has no receipt that can be read"
+    if entry.bytes != receipt.bytes:
+        return f"{shard} has {entry.bytes} bytes, its receipt says {receipt.bytes}"
+    return _Published(receipt.documents, receipt.blocks, receipt.tokens, receipt.rejected_documents, entry.modified)
 
 
-def _missing_from(folder: str) -> list[str]:
-    present = set(files.names(folder))
+def _missing(folder: str, present: dict[str, files.Entry]) -> list[str]:
     try:
         manifest = read_manifest(folder)
     except HardnessError as error:
@@ -153,22 +228,28 @@ def _missing_from(folder: str) -> list[str]:
     ]
 
 
-def _rate(published: list[tuple[Receipt, float]]) -> float | None:
-    """Tokens a second between the first and the last of the latest shards; pauses between two runs do not count."""
-    latest = sorted(published, key=lambda item: item[1])[-_RATE_WINDOW_SHARDS:]
+def _in_flight(folder: str, present: dict[str, files.Entry]) -> tuple[InFlight, ...]:
+    """What the supervisors of the folder last said of their work, as long as that is no older than a minute."""
+    found: list[InFlight] = []
+    for name, entry in present.items():
+        is_word = files.is_temporary(name) and name.startswith(f".{IN_FLIGHT_NAME}.")
+        if is_word and time.time() - entry.modified < _FRESH_SECONDS:
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # gone, or being written
+                word = files.read_json(files.join(folder, name))
+                found += [InFlight(**shard) for shard in word["in_flight"] if shard["shard"] not in present]
+    return tuple(sorted(found, key=lambda shard: -shard.seconds))
+
+
+def _rate(published: list[_Published], workers: int) -> float | None:
+    """Tokens a second between the latest shards; pauses between two runs do not count.
+
+    Workers that began together publish together, so that the time between the first shards, one a worker, says nothing.
+    """
+    latest = sorted(published, key=lambda item: item.modified)
+    latest = latest[max(0, workers - 1) :][-max(_RATE_WINDOW_SHARDS, 2 * workers) :]
     tokens, seconds = 0, 0.0
-    for (_, before), (receipt, after) in pairwise(latest):
-        if after - before < STALLED_SECONDS:
-            tokens += receipt.tokens
-            seconds += after - before
+    for before, after in pairwise(latest):
+        if after.modified - before.modified < STALLED_SECONDS:
+            tokens += after.tokens
+            seconds += after.modified - before.modified
     return tokens / seconds if seconds > 0 else None
-
-
-def _last_change(folder: str, times: list[float]) -> float:
-    """When anything of the job was last written; files may vanish while they are looked at."""
-    latest = max(times, default=0.0)
-    unfinished = [files.join(folder, name) for name in files.names(folder) if files.is_temporary(name)]
-    for path in (plan_path(folder), files.join(folder, RECEIPTS_FOLDER), *unfinished):
-        with suppress(FileNotFoundError):
-            latest = max(latest, files.modified(path))
-    return latest

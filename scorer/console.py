@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from scorer.errors import HardnessError
@@ -25,10 +27,17 @@ def first_line(error: BaseException) -> str:
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command's `main` on the command line and exits with its code.
 
-    A HardnessError becomes its message and its exit code (1 failed, 2 wrong configuration); Ctrl-C becomes 130.
-    Any other exception is a bug of ours and keeps its traceback.
+    A HardnessError becomes its message and its exit code (1 failed, 2 wrong configuration); Ctrl-C becomes 130, and
+    a scheduler's SIGTERM 143, after the same tidying up. Any other exception is a bug of ours and keeps its traceback.
     """
     log_to_stderr()
+    terminated = threading.Event()
+
+    def terminate(*_: object) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = main(sys.argv[1:])
     except HardnessError as error:
@@ -40,5 +49,5 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
         code = 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
-        code = 130
+        code = 143 if terminated.is_set() else 130
     sys.exit(code)

@@ -15,8 +15,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -92,6 +94,42 @@ def names(folder: str) -> list[str]:
     if not filesystem.isdir(stripped):
         return []
     return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in filesystem.ls(stripped, detail=False))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder, as a listing has it."""
+
+    bytes: int
+    modified: float
+    """Seconds since the epoch."""
+
+
+def listing(folder: str) -> dict[str, Entry]:
+    """What lies directly in `folder`, by name, from one request; empty where there is no such folder."""
+    filesystem, stripped = _resolve(folder)
+    filesystem.invalidate_cache(stripped)
+    try:
+        found = filesystem.ls(stripped, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {
+        str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: Entry(int(info.get("size") or 0), _modified(info))
+        for info in found
+    }
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """Each store has its own name for when an object was written."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        if value is not None:
+            return float(value)
+    return 0.0
 
 
 def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:

@@ -441,7 +441,7 @@ def test_jobs_run_on_an_object_store(
     store, bucket = fsspec.filesystem("memory"), f"memory://{uuid.uuid4().hex}"
     store.put(str(corpus_folder), f"{bucket}/corpus", recursive=True)
     flags = ["--input", f"{bucket}/corpus", "--output", f"{bucket}/shards", "--alm", str(alm_folder), "--device", "cpu"]
-    arguments = [*flags, "--tokenizer", str(tokenizer_folder), "--split_bytes", "100000"]
+    arguments = [*flags, "--tokenizer", str(tokenizer_folder), "--split_bytes", "100000", *IN_THREADS]
     assert score_corpus.main(arguments) == 0
     expected = {name: data for name, data in bytes_of(state_of(hardness_folder)).items() if name != "_plan.json"}
     assert {name: store.cat(f"{bucket}/shards/{name}") for name in expected} == expected
