@@ -124,9 +124,7 @@ class Watch:
             state = "stalled"
         in_flight = _in_flight(self._folder, present)
         tokens = sum(item.tokens for item in published)
-        rate = (
-            _rate(published, present[PLAN_NAME].modified) or sum(shard.tokens_per_second for shard in in_flight) or None
-        )
+        rate = _rate(published, len(in_flight)) or sum(shard.tokens_per_second for shard in in_flight) or None
         seconds_left = 0.0 if state == "complete" else None
         if state == "running" and rate and published:
             remaining = (len(self._plan.splits) - len(published)) * tokens / len(published)
