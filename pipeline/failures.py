@@ -47,8 +47,7 @@ def read_set_aside(folder: str) -> list[SetAside]:
 
 def forget_set_aside(folder: str) -> None:
     """Makes a clean sheet: a new run tries all splits again."""
-    for name in files.names(files.join(folder, SET_ASIDE_FOLDER)):
-        files.remove(files.join(folder, SET_ASIDE_FOLDER, name))
+    files.remove_folder(files.join(folder, SET_ASIDE_FOLDER))
 
 
 def _path(folder: str, index: int) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.shard_making import FillRows, Rows
 from pipeline.tokenization import Ids
@@ -66,6 +67,7 @@ class AlmScorer:
 
     def open(self) -> ScoreBlocks:
         """Loads the ALM on a device of its own; never falls back to another one."""
+        disable_progress_bar()  # of the weights' loading: one a direction and worker
         alm = load_alm(self.folder, claim_device(self.device_name), self.dtype)
 
         def score(ids: Ids) -> tuple[Nll, Nll]:

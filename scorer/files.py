@@ -291,6 +291,13 @@ def remove(path: str) -> None:
         return
 
 
+def remove_folder(path: str) -> None:
+    """Removes a folder and all that is in it, if it is there."""
+    filesystem, stripped = _resolve(path)
+    with suppress(FileNotFoundError):
+        filesystem.rm(stripped, recursive=True)
+
+
 def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
     """Removes what killed writers left half-written directly in `folder`.
 
