@@ -25,6 +25,8 @@ _BYTES_PER_TOKEN: dict[Kind, float] = {"blocks": 1.6, "hardness": 5.3}
 _SAMPLED_RANGES = 4
 """Of each form of file, spread evenly over the corpus."""
 _SAMPLED_BYTES = 256 << 10
+_CERTAIN = 0.8
+"""Of what is estimated will be written, whatever the error of the sample."""
 _SPARE = 1.5
 """What a shard may take of a disk, against what it takes on average."""
 
@@ -136,7 +138,7 @@ def require_room(folder: str, estimated: Estimate, plan: Plan) -> int:
     present = set(files.names(folder))
     missing = sum(split.shard not in present for split in plan.splits)
     needed = estimated.shard_bytes * missing // max(1, len(plan.splits))
-    if free is not None and free < needed:
+    if free is not None and free < _CERTAIN * needed:
         raise ConfigurationError(
             f"{folder} has {free / 1e9:,.2f} GB free, and the shards will take about {needed / 1e9:,.2f} GB: "
             "make room, or choose another --output"

@@ -101,7 +101,7 @@ class BlockInput:
 
     def source(self, folder: str, vocabulary: Vocabulary) -> Source:
         """How workers read it."""
-        return BlockSource(self.root, {shard.name: shard for shard in self.manifest.shards})
+        return BlockSource(self.root)
 
     def configuration(self) -> dict[str, Any]:
         """The corpus's part of the plan's configuration."""

@@ -112,7 +112,7 @@ class Job:
             pipeline = beam.Pipeline(options=options)
             splits = pipeline | PlannedSplits(self.folder, plan)
             made = splits.missing | "Tokenize, score, publish" >> beam.ParDo(MakeShards(recipe, self.crew, limits))
-            (splits[PUBLISHED], made) | WriteManifest(self.folder, plan, self.tolerance)
+            (splits[PUBLISHED], made) | WriteManifest(self.folder, self.tolerance)
 
             with reporting_progress(self.folder, plan), _workers_ended(self.folder, plan), _without_tracebacks():
                 _run(pipeline)

@@ -5,7 +5,7 @@ A source is a small recipe that travels to the workers; each opens it once, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from pipeline.plan import Split
 from pipeline.tokenization import Account, BlockStream, Ids, SplitTokenizer
 from scorer import files
 from scorer.errors import ShardError
-from scorer.manifest import Receipt, ShardEntry, read_receipt
+from scorer.manifest import Receipt, read_manifest, read_receipt
 from scorer.shards import ShardReader
 from scorer.tokenizer import load_tokenizer
 from scorer.vocabulary import Vocabulary
@@ -58,23 +58,23 @@ class BlockSource:
     """A complete folder of block shards, one a split."""
 
     folder: str
-    entries: Mapping[str, ShardEntry]
-    """What the folder's manifest says of each shard, by name."""
 
     def open(self) -> ReadSplit:
-        """Nothing is needed to read block shards."""
-        return self._read
+        """Reads the manifest."""
+        entries = {shard.name: shard for shard in read_manifest(self.folder).shards}
 
-    def _read(self, split: Split, careful: bool = False, report: Report = lambda _: None) -> BlockStream:
-        report(split.shard)
-        path, entry = files.join(self.folder, split.shard), self.entries[split.shard]
-        receipt = read_receipt(self.folder, split.index)
-        if receipt is None or files.sha256(path) != (entry.sha256, entry.bytes):
-            raise ShardError(
-                f"{path} or its receipt is not what the manifest lists: "
-                "run tokenize_corpus again; it makes damaged shards anew"
-            )
-        return ShardBlocks(path, receipt)
+        def read(split: Split, careful: bool = False, report: Report = lambda _: None) -> BlockStream:
+            report(split.shard)
+            path, entry = files.join(self.folder, split.shard), entries[split.shard]
+            receipt = read_receipt(self.folder, split.index)
+            if receipt is None or files.sha256(path) != (entry.sha256, entry.bytes):
+                raise ShardError(
+                    f"{path} or its receipt is not what the manifest lists: "
+                    "run tokenize_corpus again; it makes damaged shards anew"
+                )
+            return ShardBlocks(path, receipt)
+
+        return read
 
 
 class ShardBlocks:

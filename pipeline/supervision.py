@@ -43,6 +43,8 @@ _MAX_SET_ASIDE_IN_A_ROW = 10
 _MAX_FAILED_STARTS = 3
 _RETRY_SECONDS = 1.0
 """Before the second attempt, and four times as long before the third: storage has hiccups."""
+_SILENT_SECONDS = 1800.0
+"""From then on a worker hangs: at the speed of one CPU core, a row group takes a minute or two."""
 _REPORT_SECONDS = 5.0
 _STOP_SECONDS = 5.0
 
@@ -72,7 +74,7 @@ class Limits:
     """What has to be free on the disk before a shard is begun."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A split on its way to a shard."""
 
@@ -86,7 +88,7 @@ class _Job:
     blocks: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Handle:
     """What the supervisor knows of one worker."""
 
@@ -96,6 +98,8 @@ class _Handle:
     is_ending: bool = False
     """It said what went wrong, and ends itself."""
     jobs: dict[int, _Job] = field(default_factory=dict)
+    heard: float = field(default_factory=time.monotonic)
+    """Monotonic seconds of its last word, or of when it was given work."""
 
     @property
     def name(self) -> str:
@@ -125,9 +129,10 @@ class Supervisor:
         Raises:
             HardnessError: the job cannot go on; the message says why.
         """
-        self._waiting.append(_Job(split))
+        job = _Job(split)
+        self._waiting.append(job)
         self._assign()
-        while self._waiting:
+        while job in self._waiting:
             self._listen()
             self._assign()
         return self._take_outcomes()
@@ -167,7 +172,7 @@ class Supervisor:
                 continue
             self._require_space()
             self._waiting.remove(job)
-            handle.jobs[job.split.index] = job
+            handle.jobs[job.split.index], handle.heard = job, now
             job.began, job.place, job.blocks = now, "", 0
             with suppress(OSError):  # it has died; `_listen` finds out, and what it was to do
                 handle.connection.send(Task(job.split, careful=job.attempts > 0))
@@ -220,10 +225,15 @@ class Supervisor:
         for connection in wait(list(by_connection), timeout=_RETRY_SECONDS):
             assert isinstance(connection, Connection)
             handle = by_connection[connection]
+            handle.heard = time.monotonic()
             try:
                 self._hear(handle, connection.recv())
             except (EOFError, OSError):
                 self._bury(handle)
+        for handle in self._handles:
+            if handle.process is not None and handle.jobs and time.monotonic() - handle.heard > _SILENT_SECONDS:
+                logger.warning("%s has said nothing for %.0f s: it is killed", handle.name, _SILENT_SECONDS)
+                handle.process.kill()
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self._write_report()
 

@@ -12,11 +12,11 @@ from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.failures import SetAside, Tolerance
-from pipeline.plan import Plan, Split
+from pipeline.plan import Plan, Split, plan_path, read_plan
 from pipeline.publication import PublishedShard, find_published, write_manifest
 from pipeline.shard_making import Recipe
 from pipeline.supervision import Crew, Limits, Outcome, Supervisor
-from scorer.errors import CorpusError
+from scorer.errors import CorpusError, ShardError
 from scorer.manifest import Manifest
 
 PUBLISHED = "published"
@@ -86,10 +86,9 @@ class MakeShards(beam.DoFn):
 class WriteManifest(beam.PTransform):
     """The end of a job: every published shard, old and new, into the manifest."""
 
-    def __init__(self, folder: str, plan: Plan, tolerance: Tolerance):
+    def __init__(self, folder: str, tolerance: Tolerance):
         super().__init__()
         self._folder = folder
-        self._plan = plan
         self._tolerance = tolerance
 
     def expand(self, outcomes: Iterable[beam.PCollection]) -> beam.PCollection:
@@ -98,12 +97,15 @@ class WriteManifest(beam.PTransform):
             outcomes
             | "Old and new shards" >> beam.Flatten()
             | "All shards" >> beam.combiners.ToList()
-            | "Manifest" >> beam.Map(_finish, self._folder, self._plan, self._tolerance)
+            | "Manifest" >> beam.Map(_finish, self._folder, self._tolerance)
         )
 
 
-def _finish(outcomes: list[Outcome], folder: str, plan: Plan, tolerance: Tolerance) -> Manifest:
+def _finish(outcomes: list[Outcome], folder: str, tolerance: Tolerance) -> Manifest:
     """Writes the manifest if nothing stands against it."""
+    plan = read_plan(folder)
+    if plan is None:
+        raise ShardError(f"{plan_path(folder)} is gone: run the same command again")
     set_aside = [outcome for outcome in outcomes if isinstance(outcome, SetAside)]
     if set_aside:
         raise CorpusError(
