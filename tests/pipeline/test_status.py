@@ -6,13 +6,19 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import status
+from pipeline import progress, status
+from pipeline.failures import SetAside, record
+from pipeline.lease import holding
+from pipeline.plan import read_plan
+from pipeline.progress import Watch
 from scorer import files
+from scorer.manifest import read_receipt
 
 Run = Callable[..., tuple[int, str]]
 EditJson = Callable[..., None]
@@ -200,3 +206,108 @@ def test_status_for_people_says_the_same(shards: Path, capsys: pytest.CaptureFix
 def test_watch_ends_with_the_job(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(shards), "--watch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["state"] == "complete"
+
+
+# --- What a job says of itself while it runs
+
+
+def make_unfinished(folder: Path) -> str:
+    """Takes the manifest and the last shard away; returns the shard's name."""
+    (folder / "_manifest.json").unlink()
+    last = shard_paths(folder)[-1]
+    last.unlink()
+    return last.name
+
+
+def say_in_flight(folder: Path, *shards: dict[str, Any]) -> Path:
+    """The word that a supervisor leaves in the folder."""
+    path = folder / f".in-flight.{'0' * 32}.tmp"
+    path.write_text(json.dumps({"host": "here", "pid": 1, "in_flight": shards}))
+    return path
+
+
+def test_shards_in_flight_are_shown_longest_first(
+    shards: Path, status_of: Look, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, done = make_unfinished(shards), shard_paths(shards)[0].name
+    say_in_flight(
+        shards,
+        {"shard": "shard-x", "seconds": 2.0, "blocks": 10, "attempt": 1},
+        {"shard": last, "seconds": 7.0, "blocks": 100, "attempt": 2},
+        {"shard": done, "seconds": 9.0, "blocks": 1, "attempt": 1},  # published since
+    )
+    code, found = status_of(shards)
+    assert code == 3
+    assert [shard["shard"] for shard in found["in_flight"]] == [last, "shard-x"]
+    assert status.main([str(shards)]) == 3
+    out = capsys.readouterr().out
+    assert out.index(last) < out.index("shard-x")
+
+
+def test_the_word_of_a_job_that_was_killed_is_not_believed_for_long(shards: Path, status_of: Look) -> None:
+    last = make_unfinished(shards)
+    path = say_in_flight(shards, {"shard": last, "seconds": 7.0, "blocks": 100, "attempt": 1})
+    then = time.time() - 61
+    os.utime(path, (then, then))
+    assert status_of(shards)[1]["in_flight"] == []
+
+
+def test_before_the_first_shard_the_rate_is_that_of_the_shards_in_flight(shards: Path, status_of: Look) -> None:
+    make_unfinished(shards)
+    for path in shard_paths(shards):
+        path.unlink()
+    say_in_flight(
+        shards,
+        {"shard": "a", "seconds": 2.0, "blocks": 10, "attempt": 1},
+        {"shard": "b", "seconds": 5.0, "blocks": 100, "attempt": 1},
+    )
+    assert status_of(shards)[1]["tokens_per_second"] == pytest.approx(10 * 510 / 2 + 100 * 510 / 5)
+
+
+def test_shards_that_workers_publish_side_by_side_make_no_absurd_rate(shards: Path, status_of: Look) -> None:
+    """Three workers, three shards within a millisecond: the time between them says nothing."""
+    (shards / "_manifest.json").unlink()
+    for index, path in enumerate(shard_paths(shards)):
+        os.utime(path, (time.time() - 5 + index / 1000,) * 2)
+    say_in_flight(shards, *({"shard": f"x{n}", "seconds": 2.0, "blocks": 10, "attempt": 1} for n in range(3)))
+    assert status_of(shards)[1]["tokens_per_second"] == pytest.approx(3 * 10 * 510 / 2)
+
+
+def test_splits_set_aside_are_named_and_end_in_damage_once_no_driver_lives(
+    shards: Path, status_of: Look, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = make_unfinished(shards)
+    failure = SetAside(2, last, "a.jsonl, byte 17", "PanicException: index out of bounds")
+    record(str(shards), failure)
+    with holding(str(shards)):
+        code, found = status_of(shards)
+        assert code == 3
+        assert str(os.getpid()) in found["driver"]
+    code, found = status_of(shards)
+    assert code == 5
+    assert found["driver"] is None
+    assert found["set_aside"] == [asdict(failure)]
+    assert status.main([str(shards)]) == 5
+    out = " ".join(capsys.readouterr().out.split())
+    for word in (last, "a.jsonl, byte 17", "index out of bounds"):
+        assert word in out
+
+
+def test_a_split_that_was_made_after_all_is_no_longer_set_aside(shards: Path, status_of: Look) -> None:
+    record(str(shards), SetAside(0, shard_paths(shards)[0].name, "", "died"))
+    code, found = status_of(shards)
+    assert (code, found["set_aside"]) == (0, [])
+
+
+def test_a_watch_reads_each_receipt_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_plan(str(shards))
+    assert plan is not None
+    watch, reads = Watch(str(shards), plan), []
+    monkeypatch.setattr(progress, "read_receipt", lambda *of: (reads.append(of), read_receipt(*of))[1])
+    first = watch.look()
+    assert len(reads) == 3
+    assert watch.look() == first
+    assert len(reads) == 3
+    shard_paths(shards)[0].write_bytes(b"torn")
+    assert watch.look().state == "damaged"
+    assert len(reads) == 4
