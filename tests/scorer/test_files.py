@@ -1,10 +1,14 @@
 """Paths through fsspec: publishing whole and once, finding inputs, tidying up. `memory://` stands for object stores."""
 
+import errno
 import gzip
 import os
+import shutil
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -103,6 +107,101 @@ class TestPublish:
         assert files.read_bytes(files.join(folder, name)) == b"damaged"
 
 
+class TestStaged:
+    def test_what_is_staged_is_published_once(self, folder):
+        path = files.join(folder, "a.bin")
+        for data, is_first in ((b"first", True), (b"second", False)):
+            with files.staged(path) as temporary:
+                assert not Path(temporary).exists()
+                Path(temporary).write_bytes(data)
+                assert files.publish_staged(temporary, path) == is_first
+            assert not Path(temporary).exists()
+        assert files.read_bytes(path) == b"first"
+        assert files.names(folder) == ["a.bin"]
+
+    def test_nothing_is_left_of_what_is_staged_and_not_published(self, folder):
+        def fail(path):
+            with files.staged(path) as temporary:
+                Path(temporary).write_bytes(b"half")
+                seen.append(temporary)
+                raise RuntimeError
+
+        seen = []
+        with pytest.raises(RuntimeError):
+            fail(files.join(folder, "a.bin"))
+        assert not Path(seen[0]).exists()
+        assert files.names(folder) == []
+
+    def test_writers_of_one_file_stage_it_under_different_names(self, folder):
+        path = files.join(folder, "a.parquet")
+        with files.staged(path) as one, files.staged(path) as other:
+            assert one != other
+            assert all(files.is_temporary(Path(name).name) and not name.endswith(".parquet") for name in (one, other))
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])
+    def test_what_no_other_attempt_would_mend_is_a_storage_error(self, folder, code):
+        def fail(path):
+            with files.staged(path):
+                raise OSError(code, os.strerror(code))
+
+        with pytest.raises(StorageError, match=rf"a\.bin cannot be written: {os.strerror(code)}"):
+            fail(files.join(folder, "a.bin"))
+
+    @pytest.mark.parametrize("code", [errno.ESTALE, errno.EINTR, errno.ETIMEDOUT])
+    def test_what_may_pass_stays_what_it_is(self, folder, code):
+        def fail(path):
+            with files.staged(path):
+                raise OSError(code, os.strerror(code))
+
+        with pytest.raises(OSError, match=os.strerror(code)):
+            fail(files.join(folder, "a.bin"))
+
+
+class TestKeepOrReplace:
+    def test_writes_pieces_where_there_is_nothing_or_something_else(self, folder):
+        path = files.join(folder, "a.bin")
+        for pieces in ([], [b"one ", b"two"], [b"one"], [b"two"]):
+            files.keep_or_replace(path, iter(pieces))
+            assert files.read_bytes(path) == b"".join(pieces)
+            assert files.names(folder) == ["a.bin"]
+
+    def test_leaves_alone_what_is_there_already(self, tmp_path):
+        path = tmp_path / "a.bin"
+        path.write_bytes(b"one two")
+        before = path.stat().st_ino
+        files.keep_or_replace(str(path), [b"one", b" two"])
+        assert path.stat().st_ino == before
+        files.keep_or_replace(str(path), [b"one", b" too"])
+        assert path.read_bytes() == b"one too"
+
+    def test_a_failure_half_way_leaves_what_was_there(self, folder):
+        def pieces():
+            yield b"half"
+            raise RuntimeError
+
+        path = files.join(folder, "a.bin")
+        files.replace(path, b"whole")
+        with pytest.raises(RuntimeError):
+            files.keep_or_replace(path, pieces())
+        assert files.read_bytes(path) == b"whole"
+        assert files.names(folder) == ["a.bin"]
+
+
+class TestFreeBytes:
+    def test_are_those_of_the_disk_that_holds_the_folder_or_will(self, tmp_path, monkeypatch):
+        def usage(path):
+            assert path == str(tmp_path)
+            return SimpleNamespace(total=10, used=3, free=7)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        for name in ("", "a", "a/b/c"):
+            assert files.free_bytes(str(tmp_path / name)) == 7
+            assert files.free_bytes(f"file://{tmp_path / name}") == 7
+
+    def test_are_unknown_in_object_stores(self):
+        assert files.free_bytes("memory://bucket/a") is None
+
+
 class TestReading:
     def test_sizes_hashes_and_json(self, folder):
         path = files.join(folder, "a.json")
@@ -169,6 +268,23 @@ class TestFolders:
             files.publish(files.join(folder, name), b"x")
         files.remove_temporaries(folder)
         assert files.names(folder) == sorted(kept)
+
+    def test_remove_temporaries_spares_what_was_just_written(self, tmp_path):
+        for name, age in ((".old.1.tmp", 700), (".young.1.tmp", 500), ("old.parquet", 700)):
+            (tmp_path / name).write_bytes(b"x")
+            os.utime(tmp_path / name, (time.time() - age,) * 2)
+        files.remove_temporaries(str(tmp_path), older_than=600)
+        assert files.names(str(tmp_path)) == [".young.1.tmp", "old.parquet"]
+        files.remove_temporaries(str(tmp_path))
+        assert files.names(str(tmp_path)) == ["old.parquet"]
+
+    def test_remove_temporaries_looks_at_the_age_in_object_stores_too(self):
+        folder = f"memory://{uuid.uuid4().hex}"
+        files.replace(files.join(folder, ".young.1.tmp"), b"x")
+        files.remove_temporaries(folder, older_than=600)
+        assert files.names(folder) == [".young.1.tmp"]
+        files.remove_temporaries(folder)
+        assert files.names(folder) == []
 
     def test_remove_temporaries_of_no_folder_does_nothing(self, tmp_path):
         files.remove_temporaries(str(tmp_path / "nothing"))
