@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 from scorer import files
 from scorer.errors import ConfigurationError, CorpusError
@@ -60,8 +61,8 @@ class Tolerance:
 
     documents: int | None = None
     """At most so many."""
-    share: float | None = None
-    """At most this share of all documents, 0 to 1."""
+    share: Fraction | None = None
+    """At most this share of all documents, 0 to 1; exact, as `0.7%` is no binary fraction."""
 
     @classmethod
     def parse(cls, value: str | None) -> Tolerance:
@@ -74,11 +75,11 @@ class Tolerance:
             return cls()
         if re.fullmatch(r"\d+", value):
             return cls(documents=int(value))
-        if re.fullmatch(r"\d+(\.\d+)?%", value) and float(value[:-1]) <= 100:
-            return cls(share=float(value[:-1]) / 100)
+        if re.fullmatch(r"\d+(\.\d+)?%", value) and Fraction(value[:-1]) <= 100:
+            return cls(share=Fraction(value[:-1]) / 100)
         raise ConfigurationError(f"--max_rejected_documents {value}: expected a number as 100, or a share as 1%")
 
-    def check(self, rejected: int, documents: float) -> None:
+    def check(self, rejected: int, documents: int | Fraction) -> None:
         """Holds counts to the limit.
 
         Args:
@@ -88,9 +89,13 @@ class Tolerance:
         Raises:
             CorpusError: there are too many bad ones.
         """
-        limit = self.documents if self.documents is not None else (self.share or 0.0) * documents
-        if (self.documents is not None or self.share is not None) and rejected > limit:
-            allowed = f"{self.documents}" if self.documents is not None else f"{100 * (self.share or 0.0):g}%"
+        if self.documents is not None:
+            limit, allowed = Fraction(self.documents), f"{self.documents}"
+        elif self.share is not None:
+            limit, allowed = self.share * documents, f"{float(100 * self.share):g}%"
+        else:
+            return
+        if rejected > limit:
             raise CorpusError(
                 f"{rejected:,} documents were rejected, more than --max_rejected_documents {allowed} allows: "
                 "see `rejects` in the receipts for file, line and reason, mend the corpus or the flags on its form, "

@@ -28,7 +28,7 @@ from pipeline.shard_making import Recipe, Step
 from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
 from scorer import errors, files
-from scorer.devices import device_count
+from scorer.devices import device_count, require_device
 from scorer.errors import ConfigurationError, HardnessError
 from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest
 from scorer.tokenizer import fingerprint, load_tokenizer
@@ -67,8 +67,15 @@ def assemble_crew(options: PipelineOptions, device: str = "cpu") -> Crew:
                 f"--direct_num_workers {wanted} with --device {device}, but there are {there} device(s) for them: "
                 "each worker has one for itself"
             )
+        if not there:
+            require_device(device)
     workers = wanted or there
     if direct.direct_running_mode != "multi_processing":
+        if wanted > 1 and device.startswith("cuda"):
+            raise ConfigurationError(
+                f"--direct_running_mode {direct.direct_running_mode} scores on one device: leave it out, or "
+                "--direct_num_workers"
+            )
         return Crew(processes=0, threads=max(workers, threads), cores=None)
     return Crew(processes=workers, threads=threads, cores=max(1, cores // workers))
 
@@ -160,8 +167,8 @@ def _run(pipeline: beam.Pipeline) -> None:
     """Runs a pipeline, and finds our own error in what the runner made of it."""
     try:
         pipeline.run().wait_until_finish()
-    except HardnessError:
-        raise
+    except HardnessError as error:
+        raise type(error)(re.sub(r" \[while running '.*'\]$", "", str(error))) from error
     except Exception as error:
         if re.search(r"^KeyboardInterrupt\b|: KeyboardInterrupt\b", str(error), re.MULTILINE):
             raise KeyboardInterrupt from error

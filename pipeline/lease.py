@@ -26,6 +26,7 @@ LEASE_NAME = "_driver.json"
 _RENEW_SECONDS = 15.0
 _EXPIRE_SECONDS = 60.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Holder:
 
     host: str
     boot: str
-    """Tells machines apart that have one name, and a machine from itself before it was started again."""
+    """Tells apart what has processes of its own: machines, containers, a machine before and after a restart."""
     pid: int
     started: float
     """Seconds since the epoch at which the process began: process ids are used again."""
@@ -42,7 +43,8 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         """The one that asks."""
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else str(psutil.boot_time())
+        is_linux = _BOOT_ID.exists()
+        boot = f"{_BOOT_ID.read_text().strip()} {os.readlink(_PID_NAMESPACE)}" if is_linux else str(psutil.boot_time())
         return cls(socket.gethostname(), boot, os.getpid(), psutil.Process().create_time())
 
 
@@ -103,6 +105,6 @@ def _living_holder(path: str) -> str | None:
         return f"{described}, last heard of {age:.0f} s ago" if age < _EXPIRE_SECONDS else None
     try:
         is_alive = abs(psutil.Process(holder.pid).create_time() - holder.started) < 1.0
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, TypeError, ValueError, OverflowError):
         return None
     return described if is_alive else None

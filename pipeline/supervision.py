@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
@@ -119,6 +120,7 @@ class Supervisor:
         self._outcomes: list[Outcome] = []
         self._failed_starts = self._set_aside_in_a_row = 0
         self._published = self._documents = self._rejected = 0
+        self._is_closed = False
         self._reported = time.monotonic()
         self._report = files.join(recipe.folder, files.temporary_name(IN_FLIGHT_NAME))
         _supervisors.add(self)
@@ -147,16 +149,17 @@ class Supervisor:
         self._write_report()
 
     def close(self) -> None:
-        """Ends all workers, whatever they do."""
-        for handle in self._handles:
+        """Ends all workers, whatever they do, and for good."""
+        self._is_closed = True
+        handles, self._handles = self._handles, []
+        for handle in handles:
             handle.connection.close()
-            if handle.process is not None:
-                handle.process.terminate()
-        for handle in self._handles:
-            if handle.process is not None:
-                _end(handle.process)
-        self._handles.clear()
-        self._waiting.clear()
+        processes = [handle.process for handle in handles if handle.process is not None]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in processes:
+            _end(process, deadline - time.monotonic())
         files.remove(self._report)
 
     def _take_outcomes(self) -> list[Outcome]:
@@ -193,6 +196,8 @@ class Supervisor:
         return best
 
     def _start(self) -> _Handle:
+        if self._is_closed:
+            raise WorkerError("the job was stopped: run the same command again to go on")
         ours, theirs = Pipe()
         if self._crew.processes == 0:
             worker = Worker(theirs, is_process=False)
@@ -227,9 +232,11 @@ class Supervisor:
             handle = by_connection[connection]
             handle.heard = time.monotonic()
             try:
-                self._hear(handle, connection.recv())
+                report = connection.recv()
             except (EOFError, OSError):
                 self._bury(handle)
+            else:
+                self._hear(handle, report)
         for handle in self._handles:
             if handle.process is not None and handle.jobs and time.monotonic() - handle.heard > _SILENT_SECONDS:
                 logger.warning("%s has said nothing for %.0f s: it is killed", handle.name, _SILENT_SECONDS)
@@ -265,7 +272,8 @@ class Supervisor:
         self._published += 1
         self._rejected += shard.rejected_documents
         self._documents += shard.documents + shard.rejected_documents
-        self._limits.tolerance.check(self._rejected, self._documents * self._limits.splits / self._published)
+        expected = Fraction(self._documents * self._limits.splits, self._published)
+        self._limits.tolerance.check(self._rejected, expected)
 
     def _require_space(self) -> None:
         free = files.free_bytes(self._recipe.folder)
@@ -338,9 +346,9 @@ def close_all() -> None:
         supervisor.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     try:
-        process.wait(_STOP_SECONDS)
+        process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -350,6 +358,6 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     try:
         code = process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        _end(process)
+        _end(process, 0.0)
         return "it hung up, and was ended"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

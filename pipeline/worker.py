@@ -14,16 +14,21 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import cloudpickle
 
 from pipeline.messages import Beat, Done, Failed, Hopeless, Ready, Report, Task
 from pipeline.shard_making import Recipe, ShardMaker
-from scorer.console import log_to_stderr
+from scorer.console import first_line, log_to_stderr
 from scorer.errors import ConfigurationError, CorpusError, HardnessError, ShardError, StorageError
 
 _BEAT_SECONDS = 1.0
+
+
+class _AbandonedError(BaseException):
+    """Ends an attempt in a thread whose supervisor is gone."""
 
 
 class Worker:
@@ -33,21 +38,27 @@ class Worker:
         self._connection = connection
         self.is_process = is_process
         self._speaking = threading.Lock()
+        self._is_abandoned = False
 
     def serve(self, recipe: Recipe, threads: int) -> None:
         """Makes up to `threads` shards at a time."""
-        try:
-            maker = recipe.open()
-        except HardnessError as error:
-            self.say(Hopeless(error))
-            return
-        self.say(Ready())
+        with suppress(_AbandonedError):
+            try:
+                maker = recipe.open()
+            except HardnessError as error:
+                self.say(Hopeless(error))
+            else:
+                self.say(Ready())
+                self._serve(maker, threads)
+
+    def _serve(self, maker: ShardMaker, threads: int) -> None:
         pool = ThreadPoolExecutor(threads, "shard")
         try:
             while True:
                 task: Task = self._connection.recv()
                 pool.submit(_Attempt(self, task).run, maker)
         except (EOFError, OSError):
+            self._is_abandoned = True
             pool.shutdown(wait=False, cancel_futures=True)
 
     def say(self, report: Report) -> None:
@@ -59,10 +70,16 @@ class Worker:
             self.abandon()
 
     def abandon(self) -> None:
-        """Ends a worker process at once."""
+        """Ends a worker process at once, or the attempt of a thread."""
         if self.is_process:
             sys.stderr.flush()
             os._exit(1)
+        raise _AbandonedError
+
+    def go_on(self) -> None:
+        """Ends the attempt that calls if nobody asks for it any more."""
+        if self._is_abandoned:
+            self.abandon()
 
 
 class _Attempt:
@@ -77,6 +94,10 @@ class _Attempt:
 
     def run(self, maker: ShardMaker) -> None:
         """Makes the shard, and reports whatever comes of it."""
+        with suppress(_AbandonedError):
+            self._make(maker)
+
+    def _make(self, maker: ShardMaker) -> None:
         say = self._worker.say
         try:
             say(Done(maker.make(self._task.split, self._task.careful, self._at, self._done)))
@@ -86,14 +107,17 @@ class _Attempt:
             say(self._failed(error, is_final=True))
         except (HardnessError, OSError) as error:
             say(self._failed(error))
+        except _AbandonedError:
+            raise
         except BaseException as error:  # a panic of the tokenizer's is no Exception
             traceback.print_exc()
             # It may have left the device or the tokenizer in any state: a fresh process goes on, if there can be one.
             say(self._failed(error, is_last=self._worker.is_process))
-            self._worker.abandon()
+            if self._worker.is_process:
+                self._worker.abandon()
 
     def _failed(self, error: BaseException, is_final: bool = False, is_last: bool = False) -> Failed:
-        message = str(error) if isinstance(error, HardnessError) else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, HardnessError) else f"{type(error).__name__}: {first_line(error)}"
         return Failed(self._task.split.index, message, self._place, is_final, is_last)
 
     def _at(self, place: str) -> None:
@@ -102,6 +126,7 @@ class _Attempt:
 
     def _done(self, blocks: int) -> None:
         self._blocks = blocks
+        self._worker.go_on()
         if time.monotonic() - self._said > _BEAT_SECONDS:
             self._beat()
 

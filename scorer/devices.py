@@ -84,8 +84,11 @@ def _lock(path: str) -> bool:
     """Takes the lock of a file for this process, or says that another one has it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError as error:
+        raise ConfigurationError(f"{path} cannot be read, by which devices are claimed: remove it") from error
     except FileNotFoundError:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        os.fchmod(descriptor, 0o644)  # other users try it too, whatever the umask
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -226,7 +226,7 @@ def staged(path: str) -> Iterator[str]:
         if error.errno not in _STORAGE_ERRORS:
             raise
         raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}; make room or give permission, then run the same "
+            f"{path} cannot be written: {os.strerror(error.errno)}; make room or give permission, then run the same "
             "command again"
         ) from error
     finally:

@@ -225,6 +225,7 @@ class _Spool:
     def append(self, values: npt.NDArray[Any]) -> None:
         try:
             self._file.write(np.ascontiguousarray(values).data)
+            self._file.flush()
         except OSError as error:
             raise StorageError(
                 f"{self._folder or tempfile.gettempdir()} has no room for the rows of an unfinished shard "

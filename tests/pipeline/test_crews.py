@@ -74,6 +74,18 @@ def test_more_workers_than_devices_are_refused(
         assemble_crew(options(f"--direct_num_workers={workers}"), device)
 
 
+def test_no_device_at_all_is_refused(machine: Callable[[int, int], None]) -> None:
+    machine(8, 0)
+    with pytest.raises(ConfigurationError, match="usable CUDA"):
+        assemble_crew(options(), "cuda")
+
+
+def test_threads_of_one_process_do_not_score_on_several_devices(machine: Callable[[int, int], None]) -> None:
+    machine(8, 2)
+    with pytest.raises(ConfigurationError, match="in_memory scores on one device"):
+        assemble_crew(options(IN_MEMORY, "--direct_num_workers=2"), "cuda")
+
+
 def test_a_number_of_workers_below_zero_is_refused(
     run_command: Callable[..., tuple[int, str]], corpus_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pipeline import score_corpus, tokenize_corpus
-from pipeline.lease import holding, is_driven
+from pipeline.lease import holding, living_driver
 from scorer import files
 from scorer.errors import ConfigurationError
 
@@ -59,45 +59,45 @@ def leave(folder: Path, lease: object, age: float = 0.0) -> None:
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_a_folder_is_driven_while_its_driver_works(folder: str) -> None:
-    assert not is_driven(folder)
+def test_a_folder_living_driver_while_its_driver_works(folder: str) -> None:
+    assert not living_driver(folder)
     with holding(folder):
-        assert is_driven(folder)
+        assert living_driver(folder)
         with pytest.raises(
             ConfigurationError, match=f"another driver.*process {os.getpid()} on {socket.gethostname()}"
         ):
             holding(folder).__enter__()
-        assert is_driven(folder)
-    assert not is_driven(folder)
+        assert living_driver(folder)
+    assert not living_driver(folder)
     assert files.names(folder) == []
     with holding(folder):
-        assert is_driven(folder)
+        assert living_driver(folder)
 
 
 def test_a_lease_is_released_on_an_error(folder: str) -> None:
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), holding(folder):
             raise error
-        assert not is_driven(folder)
+        assert not living_driver(folder)
         assert files.names(folder) == []
 
 
 def test_a_folder_that_is_not_there_is_not_driven(tmp_path: Path) -> None:
-    assert not is_driven(str(tmp_path / "nowhere"))
+    assert not living_driver(str(tmp_path / "nowhere"))
 
 
 def check_free(folder: Path) -> None:
     """Nobody drives it, and whoever wants to may."""
-    assert not is_driven(str(folder))
+    assert not living_driver(str(folder))
     with holding(str(folder)):
-        assert is_driven(str(folder))
+        assert living_driver(str(folder))
         assert json.loads((folder / LEASE).read_bytes())["pid"] == os.getpid()
     assert not (folder / LEASE).exists()
 
 
 def check_taken(folder: Path, *words: str) -> None:
     before = (folder / LEASE).read_bytes()
-    assert is_driven(str(folder))
+    assert living_driver(str(folder))
     with pytest.raises(ConfigurationError) as error, holding(str(folder)):
         pass
     assert all(word in str(error.value) for word in words)
@@ -152,7 +152,7 @@ def test_a_lease_is_renewed_while_its_driver_works(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_jobs_refuse_a_folder_that_is_driven(
+def test_jobs_refuse_a_folder_that_living_driver(
     block_folder: Path, corpus_folder: Path, tokenizer_folder: Path, alm_folder: Path, tmp_path: Path
 ) -> None:
     """And touch nothing in it; once it is free, they run."""
@@ -169,6 +169,24 @@ def test_jobs_refuse_a_folder_that_is_driven(
             with pytest.raises(ConfigurationError, match="another driver is at work"):
                 command.main(arguments)
             assert list(output.glob("*.parquet")) == []
-            assert is_driven(str(output))
+            assert living_driver(str(output))
         assert command.main(arguments) == 0
         assert not (output / LEASE).exists()
+
+
+def test_a_driver_in_another_container_of_this_machine_is_known_by_its_signs_of_life(
+    tmp_path: Path, dead_pid: int
+) -> None:
+    """Containers share the kernel's boot id, and not its process ids."""
+    lease = own_lease(tmp_path)
+    boot, _ = lease["boot"].split(" ")
+    leave(tmp_path, lease | {"pid": dead_pid, "boot": f"{boot} pid:[1]"}, age=30)
+    with pytest.raises(ConfigurationError, match="last heard of 3"):
+        holding(str(tmp_path)).__enter__()
+
+
+@pytest.mark.parametrize("pid", [-1, "x", 2**70])
+def test_a_lease_of_no_process_is_taken(tmp_path: Path, pid: object) -> None:
+    leave(tmp_path, own_lease(tmp_path) | {"pid": pid})
+    with holding(str(tmp_path)):
+        assert living_driver(str(tmp_path)) is not None

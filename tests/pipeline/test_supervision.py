@@ -20,7 +20,7 @@ from pipeline.plan import Split, read_plan
 from pipeline.publication import Provenance, PublishedShard
 from pipeline.shard_making import KeepBlocks, Recipe
 from pipeline.supervision import Crew, Limits, Outcome, Supervisor
-from scorer.errors import ConfigurationError, CorpusError, StorageError, WorkerError
+from scorer.errors import ConfigurationError, CorpusError, HardnessError, StorageError, WorkerError
 from scorer.tokenizer import describe, load_tokenizer
 from scorer.vocabulary import Vocabulary
 from tests.pipeline.faulty_steps import (
@@ -455,9 +455,40 @@ def test_errors_of_workers_are_the_jobs_own(
 ) -> None:
     found, err = score(FormulaScorer(notes, row_of(1), **scorer))
     assert found == code
-    assert err.rpartition("error: ")[2].startswith(message)
+    assert err.rpartition("error: ")[2].strip() == message
     assert "Traceback" not in err
     assert len(notes.read()) == ("deed" in scorer)
     assert not (tmp_path / "scored" / "_set_aside").exists()
     assert not [path for path in (tmp_path / "scored").iterdir() if path.name.startswith(".")]
     assert not (tmp_path / "scored" / "_manifest.json").exists()
+
+
+# --- The end
+
+
+def test_nothing_is_started_after_the_close(start: Start, notes: Notes) -> None:
+    supervisor = start(ToyStep(Fault(notes)))
+    supervisor.submit(toy_splits(2)[0])
+    supervisor.close()
+    with pytest.raises(HardnessError, match="stopped"):
+        supervisor.submit(toy_splits(2)[1])
+
+
+def test_threads_publish_nothing_after_the_close(start: Start, folder: Path) -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def work(_: int) -> None:
+        began.set()
+        go.wait(60)
+
+    supervisor = start(ToyStep(work))
+    supervisor.submit(toy_splits(1)[0])
+    assert began.wait(60)
+    supervisor.close()
+    threads = [thread for thread in threading.enumerate() if thread.name == "worker"]
+    for thread in threads:
+        thread.join(60)  # the worker has seen that nobody listens
+    go.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("shard")]:
+        thread.join(60)
+    assert list(folder.glob("*.parquet")) == []

@@ -144,3 +144,12 @@ def test_any_device_is_the_first_that_is_free_and_a_named_one_is_that_one(machin
     assert claim_device("cuda:2") == "cuda:2"
     with pytest.raises(ConfigurationError, match="taken"):
         claim_device("cuda:0")
+
+
+def test_a_lock_can_be_tried_by_every_user(tmp_path):
+    before = os.umask(0o077)
+    try:
+        claim_one(["a"], str(tmp_path))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "hardness-a.lock").stat().st_mode & 0o444 == 0o444

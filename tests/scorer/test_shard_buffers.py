@@ -156,6 +156,16 @@ def test_no_room_for_an_unfinished_shard_is_a_storage_error_that_names_the_folde
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_at_the_last_byte_is_a_storage_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SPOOL_BYTES", 1 << 18)
+    with (
+        ShardBuffer("uint16", False, str(tmp_path)) as buffer,
+        file_size_limit(10 * (1 << 18) - 1),
+        pytest.raises(StorageError),
+    ):
+        fill(buffer, make_columns(2560, scored=False))
+
+
 @pytest.mark.parametrize(("is_full", "cause"), [(True, "No space left on device"), (False, "File too large")])
 def test_no_room_for_a_shard_is_a_storage_error_and_leaves_nothing(tmp_path, is_full, cause):
     path = str(tmp_path / "shard-00000-of-00001.parquet")
