@@ -30,7 +30,8 @@ from scorer.manifest import (
     read_receipt,
     receipt_path,
 )
-from scorer.shards import ShardBuffer, ShardMetadata, ShardReader, write_shard
+from scorer.shard_writing import ShardBuffer, write_shard
+from scorer.shards import ShardMetadata, ShardReader
 from scorer.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)

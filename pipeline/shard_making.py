@@ -16,7 +16,8 @@ from pipeline.publication import Draft, Provenance, PublishedShard, publish_spli
 from pipeline.sources import ReadSplit, Report, Source
 from pipeline.tokenization import Ids
 from scorer import files
-from scorer.shards import ShardBuffer, ShardContent
+from scorer.shard_writing import ShardBuffer
+from scorer.shards import ShardContent
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from scorer import files
 from scorer.console import first_line
-from scorer.errors import ShardError, StorageError
+from scorer.errors import ShardError
 from scorer.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -29,12 +28,10 @@ BLOCK_LENGTH = 512
 RUN_LENGTH = BLOCK_LENGTH - 2
 """Tokens of the corpus a block: the frame takes one at either end."""
 ROW_GROUP_BLOCKS = 256
-_SPOOL_BYTES = 32 << 20
-"""What a column of an unfinished shard takes in memory at most: 16 k blocks of 4-byte values."""
 DEFAULT_MANTISSA_BITS = 10
 _FLOAT32_MANTISSA_BITS = 23
-_FOOTER_KEY = b"hardness"
-_ID_COLUMN = "input_ids"
+FOOTER_KEY = b"hardness"
+ID_COLUMN = "input_ids"
 _UNREADABLE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on damaged bytes; a flipped bit in a footer may look like anything."""
 PERPLEXITY_COLUMNS = ("forward_perplexity", "backward_perplexity")
@@ -56,7 +53,7 @@ class ShardContent:
 
     def columns(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """Name and values of each column, in schema order."""
-        yield _ID_COLUMN, self.input_ids
+        yield ID_COLUMN, self.input_ids
         for name in PERPLEXITY_COLUMNS:
             values = getattr(self, name)
             if values is not None:
@@ -69,8 +66,8 @@ class ShardContent:
         """
         digest = hashlib.sha256()
         for name, values in self.columns():
-            digest.update(_column_header(name, values.dtype, len(values)))
-            digest.update(_little_endian(values))
+            digest.update(column_header(name, values.dtype, len(values)))
+            digest.update(little_endian(values))
         return digest.hexdigest()
 
 
@@ -155,137 +152,21 @@ def round_mantissa(values: npt.NDArray[np.float32], bits: int = DEFAULT_MANTISSA
     return rounded.view(np.float32)
 
 
-class ShardBuffer:
-    """Gathers the rows of a shard until all are there, in bounded memory: large columns go to unnamed files.
-
-    A shard's footer holds a fingerprint that covers its rows column by column, their count first, so that nothing of
-    the file can be written before the last row is known.
-    """
-
-    def __init__(self, id_dtype: npt.DTypeLike, scored: bool, folder: str | None = None):
-        """Makes an empty shard.
-
-        Args:
-            id_dtype: uint16 or uint32 (`Vocabulary.id_dtype`).
-            scored: whether there are perplexities beside the ids.
-            folder: a local folder for what does not fit into memory (default: the system's for temporary files).
-        """
-        dtypes = {_ID_COLUMN: np.dtype(id_dtype)} | dict.fromkeys(PERPLEXITY_COLUMNS if scored else (), np.dtype("f4"))
-        self._columns = {name: _Spool(dtype, folder) for name, dtype in dtypes.items()}
-        self._blocks = 0
-
-    def __len__(self) -> int:
-        return self._blocks
-
-    def append(self, content: ShardContent) -> None:
-        """Adds rows at the end.
-
-        Raises:
-            StorageError: there is no space for what does not fit into memory.
-        """
-        for name, values in content.columns():
-            self._columns[name].append(values)
-        self._blocks += len(content)
-
-    def sha256(self) -> str:
-        """`ShardContent.sha256` of all rows."""
-        digest = hashlib.sha256()
-        for name, column in self._columns.items():
-            digest.update(_column_header(name, column.dtype, self._blocks))
-            for values in column.rows(self._blocks):
-                digest.update(_little_endian(values))
-        return digest.hexdigest()
-
-    def row_groups(self) -> Iterator[ShardContent]:
-        """The rows again, in row groups of 256."""
-        columns = [column.rows(self._blocks) for column in self._columns.values()]
-        for group in zip(*columns, strict=True):
-            yield ShardContent(**dict(zip(self._columns, group, strict=True)))
-
-    def close(self) -> None:
-        """Lets go of the rows."""
-        for column in self._columns.values():
-            column.close()
-
-    def __enter__(self) -> ShardBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Spool:
-    """One column of a `ShardBuffer`: in memory while it is small, else in an unnamed file."""
-
-    def __init__(self, dtype: np.dtype[Any], folder: str | None):
-        self.dtype = dtype
-        self._folder = folder
-        self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        try:
-            self._file.write(np.ascontiguousarray(values).data)
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(
-                f"{self._folder or tempfile.gettempdir()} has no room for the rows of an unfinished shard "
-                f"({error.strerror}): make room, then run the same command again"
-            ) from error
-
-    def rows(self, count: int) -> Iterator[npt.NDArray[Any]]:
-        """All rows, in row groups."""
-        self._file.seek(0)
-        for start in range(0, count, ROW_GROUP_BLOCKS):
-            rows = min(ROW_GROUP_BLOCKS, count - start)
-            data = self._file.read(rows * BLOCK_LENGTH * self.dtype.itemsize)
-            yield np.frombuffer(data, dtype=self.dtype).reshape(rows, BLOCK_LENGTH)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def write_shard(path: str, row_groups: Iterable[ShardContent], metadata: ShardMetadata) -> None:
-    """Writes a shard's Parquet file; the same rows and metadata give the same bytes.
-
-    Args:
-        path: a local file, which is overwritten.
-        row_groups: the rows, in pieces of 256 but for the last.
-        metadata: the footer.
-    """
-    types = _column_types(metadata)
-    footer = json.dumps(metadata.to_json(), sort_keys=True, ensure_ascii=False).encode()
-    leaf = "{}.list.element"
-    with pq.ParquetWriter(
-        path,
-        pa.schema(list(types.items()), metadata={_FOOTER_KEY: footer}),
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=False,
-        # Spark 3.5 reads BYTE_STREAM_SPLIT for floats only.
-        column_encoding={leaf.format(name): "PLAIN" if name == _ID_COLUMN else "BYTE_STREAM_SPLIT" for name in types},
-        write_page_checksum=True,
-    ) as writer:
-        for content in row_groups:
-            arrays = [
-                pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), type=types[name])
-                for name, values in content.columns()
-            ]
-            writer.write_table(pa.table(arrays, schema=writer.schema), row_group_size=ROW_GROUP_BLOCKS)
-
-
-def _column_types(metadata: ShardMetadata) -> dict[str, pa.DataType]:
+def column_types(metadata: ShardMetadata) -> dict[str, pa.DataType]:
     """Name and type of each column of a shard, in schema order."""
-    types = {_ID_COLUMN: pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)}
+    types = {ID_COLUMN: pa.list_(pa.from_numpy_dtype(metadata.vocabulary.id_dtype), BLOCK_LENGTH)}
     if metadata.alm is not None:
         types |= {name: pa.list_(pa.float32(), BLOCK_LENGTH) for name in PERPLEXITY_COLUMNS}
     return types
 
 
-def _column_header(name: str, dtype: np.dtype[Any], rows: int) -> bytes:
+def column_header(name: str, dtype: np.dtype[Any], rows: int) -> bytes:
+    """What goes into `content_sha256` before the values of a column."""
     return f"{name} {dtype.name} {rows}\n".encode()
 
 
-def _little_endian(values: npt.NDArray[Any]) -> memoryview:
+def little_endian(values: npt.NDArray[Any]) -> memoryview:
+    """The bytes of values, row by row, as `content_sha256` has them."""
     return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data
 
 
@@ -368,7 +249,7 @@ class ShardReader:
         self._file.close(force=True)
 
     def _columns(self, perplexities: bool) -> list[str]:
-        wanted = (_ID_COLUMN, *PERPLEXITY_COLUMNS) if perplexities else (_ID_COLUMN,)
+        wanted = (ID_COLUMN, *PERPLEXITY_COLUMNS) if perplexities else (ID_COLUMN,)
         return [name for name in wanted if name in self._schema.names]
 
     def _read(self, groups: list[int], columns: list[str]) -> dict[str, npt.NDArray[Any]]:
@@ -403,12 +284,12 @@ class ShardReader:
             )
 
     def _parse_footer(self) -> ShardMetadata:
-        raw = (self._file.metadata.metadata or {}).get(_FOOTER_KEY)
+        raw = (self._file.metadata.metadata or {}).get(FOOTER_KEY)
         if raw is None:
-            raise ShardError(f"{self.path} has no {_FOOTER_KEY.decode()!r} entry in its footer: it is not a shard")
-        if (self._schema.metadata or {}).get(_FOOTER_KEY) != raw:
+            raise ShardError(f"{self.path} has no {FOOTER_KEY.decode()!r} entry in its footer: it is not a shard")
+        if (self._schema.metadata or {}).get(FOOTER_KEY) != raw:
             # Arrow keeps a copy in its own schema entry, and shows that one to whoever reads with pyarrow.
-            raise ShardError(f"{self.path} has two {_FOOTER_KEY.decode()!r} entries in its footer that differ")
+            raise ShardError(f"{self.path} has two {FOOTER_KEY.decode()!r} entries in its footer that differ")
         try:
             value = json.loads(raw)
             version, length = value["format_version"], value["block_length"]
@@ -418,7 +299,7 @@ class ShardReader:
                     f"expected format {FORMAT_VERSION} with {BLOCK_LENGTH}"
                 )
             metadata = ShardMetadata.from_json(value)
-            types = _column_types(metadata)
+            types = column_types(metadata)
             if metadata.tokens != value["tokens"]:
                 raise ValueError(f"{value['tokens']!r} tokens in {metadata.blocks!r} blocks")
         except (AttributeError, KeyError, TypeError, ValueError) as error:

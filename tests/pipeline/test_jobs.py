@@ -32,7 +32,8 @@ from pipeline.publication import Draft, Provenance, publish_split
 from pipeline.tokenization import SplitTokenizer
 from scorer import files
 from scorer.errors import HardnessError, ShardError
-from scorer.shards import ShardBuffer, ShardContent
+from scorer.shard_writing import ShardBuffer
+from scorer.shards import ShardContent
 from scorer.tokenizer import describe, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from scorer import files, shards
+from scorer import files, shard_writing
 from scorer.errors import StorageError
-from scorer.shards import ShardBuffer, ShardContent, ShardMetadata, write_shard
+from scorer.shard_writing import ShardBuffer, write_shard
+from scorer.shards import ShardContent, ShardMetadata
 from scorer.vocabulary import Vocabulary
 
 MIB = 1 << 20
@@ -71,7 +72,7 @@ def test_rows_come_back_in_row_groups_with_the_documented_fingerprint(
     *, tmp_path, monkeypatch, spool_bytes, dtype, scored, rows, piece
 ):
     """From memory, from files, and from some of both; as often as they are asked for; in pieces of any size."""
-    monkeypatch.setattr(shards, "_SPOOL_BYTES", spool_bytes)
+    monkeypatch.setattr(shard_writing, "_SPOOL_BYTES", spool_bytes)
     columns = make_columns(rows, dtype, scored)
     with ShardBuffer(dtype, scored, str(tmp_path)) as buffer:
         fill(buffer, columns, piece)
@@ -91,7 +92,7 @@ def test_rows_come_back_in_row_groups_with_the_documented_fingerprint(
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize(("rows", "scored"), [(0, True), (0, False), (300, True), (300, False)])
 def test_a_buffered_shard_is_written_as_any_parquet_reader_expects_it(*, tmp_path, monkeypatch, dtype, rows, scored):
-    monkeypatch.setattr(shards, "_SPOOL_BYTES", 100_000)
+    monkeypatch.setattr(shard_writing, "_SPOOL_BYTES", 100_000)
     columns = make_columns(rows, dtype, scored)
     path = str(tmp_path / "a.parquet")
     with ShardBuffer(dtype, scored) as buffer:
@@ -108,7 +109,7 @@ def test_a_buffered_shard_is_written_as_any_parquet_reader_expects_it(*, tmp_pat
 
 def test_memory_does_not_grow_with_the_shard(tmp_path, monkeypatch):
     """60 row groups of 1.25 MiB each; what Python, numpy and Arrow hold at any time is less than 8 of them."""
-    monkeypatch.setattr(shards, "_SPOOL_BYTES", MIB)
+    monkeypatch.setattr(shard_writing, "_SPOOL_BYTES", MIB)
     group = make_columns(256)
     arrow_before = pa.total_allocated_bytes()
     arrow_peak = 0
@@ -150,14 +151,14 @@ def fill_spools(folder, rows):
 
 @pytest.mark.parametrize("room", [1000, MIB])
 def test_no_room_for_an_unfinished_shard_is_a_storage_error_that_names_the_folder(tmp_path, monkeypatch, room):
-    monkeypatch.setattr(shards, "_SPOOL_BYTES", 100_000)
+    monkeypatch.setattr(shard_writing, "_SPOOL_BYTES", 100_000)
     with file_size_limit(room), pytest.raises(StorageError, match=f"{tmp_path} has no room"):
         fill_spools(str(tmp_path), rows=256 * 9)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_full_at_the_last_byte_is_a_storage_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_SPOOL_BYTES", 1 << 18)
+    monkeypatch.setattr(shard_writing, "_SPOOL_BYTES", 1 << 18)
     with (
         ShardBuffer("uint16", False, str(tmp_path)) as buffer,
         file_size_limit(10 * (1 << 18) - 1),

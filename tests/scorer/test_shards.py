@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorer.errors import ShardError
-from scorer.shards import ShardContent, ShardMetadata, ShardReader, round_mantissa, shard_name, write_shard
+from scorer.shard_writing import write_shard
+from scorer.shards import ShardContent, ShardMetadata, ShardReader, round_mantissa, shard_name
 from scorer.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]

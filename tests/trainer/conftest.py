@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from scorer.console import run_command
-from scorer.shards import ShardContent, ShardMetadata, write_shard
+from scorer.shard_writing import write_shard
+from scorer.shards import ShardContent, ShardMetadata
 from scorer.vocabulary import Vocabulary
 
 TINY_ROBERTA = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64"
