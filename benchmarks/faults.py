@@ -384,7 +384,8 @@ def two_drivers(scene: Scene) -> None:
     if code == 0 and is_later:
         scene.require(first.is_over, "the second driver worked beside the first one")
         scene.notes.append("the second driver came when the first had ended")
-    scene.end(first, [0] if is_later or code == 2 else [0, 2], refused)
+    if scene.end(first, [0] if is_later or code == 2 else [0, 2], refused) == 2:
+        scene.runs[-1] = second  # whose time is then the job's
 
 
 # --- Disks
