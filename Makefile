@@ -9,7 +9,7 @@ quoted = $(foreach word,$(1),'$(word)')
 required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: see `make help`)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast test-faults lint format clean
 .PHONY: tokenize-corpus train-alm score-corpus status verify pretrain replay
 
 help:  ## this list
@@ -31,6 +31,9 @@ test: .venv/.installed  ## the whole test suite
 
 test-fast: .venv/.installed  ## the tests that are not marked slow
 	$(PY) -m pytest -n auto --dist loadgroup -m 'not slow' $(ARGS)
+
+test-faults: .venv/.installed  ## a fault of every kind: kill -9, a full disk, a flipped bit, … (minutes)
+	$(PY) -m pytest -m faults $(ARGS)
 
 lint: .venv/.installed  ## ruff, and mypy --strict
 	.venv/bin/ruff check .
