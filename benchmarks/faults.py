@@ -313,7 +313,7 @@ def sigterm(scene: Scene) -> None:
     run = scene.start()
     scene.reach(run)
     scene.strike(run, run.process.terminate)
-    scene.end(run, [128 + signal.SIGTERM, -signal.SIGTERM, 0])
+    scene.end(run, [128 + signal.SIGTERM, 0], ["run the same command again"])
     scene.require(wait_until(lambda: not run.group(), _VANISH_SECONDS), "processes live on after SIGTERM")
 
 

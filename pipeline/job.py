@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -29,7 +29,7 @@ from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
 from scorer import errors, files
 from scorer.devices import device_count, require_device
-from scorer.errors import ConfigurationError, HardnessError
+from scorer.errors import ConfigurationError, HardnessError, StorageError
 from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary
@@ -185,7 +185,8 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
         yield
     except BaseException:
         close_all()
-        remove_temporaries(folder)
+        with suppress(StorageError):
+            remove_temporaries(folder)
         progress = measure(folder, plan)
         logger.info("stopped with %d of %d shards in %s", progress.done, progress.planned, folder)
         raise

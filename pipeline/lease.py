@@ -72,7 +72,8 @@ def holding(folder: str) -> Iterator[None]:
     finally:
         released.set()
         thread.join()
-        files.remove(path)
+        with suppress(StorageError):  # it ends with this process
+            files.remove(path)
 
 
 def living_driver(folder: str) -> str | None:
@@ -81,7 +82,10 @@ def living_driver(folder: str) -> str | None:
 
 
 def _take(path: str, lease: bytes) -> None:
-    while not files.publish(path, lease):
+    while True:
+        with suppress(FileNotFoundError):  # another driver finished and tidied up
+            if files.publish(path, lease):
+                return
         holder = _living_holder(path)
         if holder is not None:
             raise ConfigurationError(

@@ -81,18 +81,40 @@ class PublishedShard:
 def find_published(folder: str, split: Split) -> PublishedShard | None:
     """The shard of a split if it is published and its bytes are those of its receipt.
 
-    A damaged shard is renamed aside, and the manifest with it removed, since the folder is no longer complete.
+    A damaged shard is renamed aside; with it, or with one that is missing, the manifest goes, since the folder is no
+    longer complete.
     """
     path = files.join(folder, split.shard)
-    if not files.exists(path):
-        return None
     receipt = read_receipt(folder, split.index)
-    if receipt is not None and (receipt.sha256, receipt.bytes) == files.sha256(path):
+    if receipt is not None and _has_bytes(path, receipt.entry):
         return PublishedShard.of(split.index, receipt)
     files.remove(files.join(folder, MANIFEST_NAME))
+    if not files.exists(path):
+        return None
     aside = files.set_aside(path)
     logger.warning("%s does not have the bytes of its receipt; renamed to %s, and made again", path, aside)
     return None
+
+
+def look_again(folder: str, shard: PublishedShard) -> PublishedShard:
+    """Holds a shard to what was published of it, just before the manifest vouches for it.
+
+    Raises:
+        ShardError: it was lost or damaged since.
+    """
+    if not _has_bytes(files.join(folder, shard.entry.name), shard.entry):
+        raise ShardError(
+            f"{files.join(folder, shard.entry.name)} was lost or damaged since it was published: run the same command "
+            "again; it makes the shard anew"
+        )
+    return shard
+
+
+def _has_bytes(path: str, entry: ShardEntry) -> bool:
+    try:
+        return files.sha256(path) == (entry.sha256, entry.bytes)
+    except FileNotFoundError:
+        return False
 
 
 def publish_split(folder: str, draft: Draft, provenance: Provenance) -> PublishedShard:

@@ -160,7 +160,8 @@ class Supervisor:
         deadline = time.monotonic() + _STOP_SECONDS
         for process in processes:
             _end(process, deadline - time.monotonic())
-        files.remove(self._report)
+        with suppress(StorageError):  # it counts for a minute only
+            files.remove(self._report)
 
     def _take_outcomes(self) -> list[Outcome]:
         outcomes, self._outcomes = self._outcomes, []

@@ -13,7 +13,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from pipeline.failures import SetAside, Tolerance
 from pipeline.plan import Plan, Split, plan_path, read_plan
-from pipeline.publication import PublishedShard, find_published, write_manifest
+from pipeline.publication import PublishedShard, find_published, look_again, write_manifest
 from pipeline.shard_making import Recipe
 from pipeline.supervision import Crew, Limits, Outcome, Supervisor
 from scorer.errors import CorpusError, ShardError
@@ -96,9 +96,15 @@ class WriteManifest(beam.PTransform):
         return (
             outcomes
             | "Old and new shards" >> beam.Flatten()
+            | "When all are there" >> beam.Reshuffle()
+            | "Hash once more" >> beam.Map(_look_again, self._folder)
             | "All shards" >> beam.combiners.ToList()
             | "Manifest" >> beam.Map(_finish, self._folder, self._tolerance)
         )
+
+
+def _look_again(outcome: Outcome, folder: str) -> Outcome:
+    return look_again(folder, outcome) if isinstance(outcome, PublishedShard) else outcome
 
 
 def _finish(outcomes: list[Outcome], folder: str, tolerance: Tolerance) -> Manifest:

@@ -31,6 +31,7 @@ from scorer.errors import ConfigurationError, StorageError
 _CHUNK_BYTES = 1 << 20
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 """What no other attempt at the same file would mend: no space, no permission, a broken disk."""
+_REPLACE_ATTEMPTS = 3
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
@@ -230,7 +231,8 @@ def staged(path: str) -> Iterator[str]:
             "command again"
         ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # without permission it stays, to be swept by a later run
+            Path(temporary).unlink(missing_ok=True)
 
 
 def publish_staged(temporary: str, path: str) -> bool:
@@ -258,10 +260,17 @@ def keep_or_replace(path: str, pieces: Iterable[bytes]) -> None:
 
 
 def replace(path: str, data: bytes) -> None:
-    """Writes `data` to `path` whole or not at all, over what is there."""
-    with staged(path) as temporary:
-        Path(temporary).write_bytes(data)
-        _replace_by(temporary, path)
+    """Writes `data` to `path` whole or not at all, over what is there.
+
+    Raises:
+        StorageError: there is no space, no permission, or no longer a folder.
+    """
+    for _ in range(_REPLACE_ATTEMPTS):
+        with staged(path) as temporary, suppress(FileNotFoundError):  # another driver finished and tidied up
+            Path(temporary).write_bytes(data)
+            _replace_by(temporary, path)
+            return
+    raise StorageError(f"{path} cannot be written: its folder is gone, or temporary files keep vanishing from it")
 
 
 def _replace_by(temporary: str, path: str) -> None:
@@ -283,12 +292,18 @@ def set_aside(path: str) -> str:
 
 
 def remove(path: str) -> None:
-    """Removes a file if it is there."""
+    """Removes a file if it is there.
+
+    Raises:
+        StorageError: there is no permission.
+    """
     filesystem, stripped = _resolve(path)
     try:
         filesystem.rm_file(stripped)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed: {error.strerror or error}") from error
 
 
 def remove_folder(path: str) -> None:
