@@ -155,6 +155,8 @@ class _Lines:
                 yield self._finish_line()
                 begin = newline + 1
             self._hold(chunk[begin:])
+            if self.is_inside_line and self.position + self._length >= self.end:
+                return  # a line longer than the range: nothing begins in it, and others read the line
         if self._length:
             yield self._finish_line()
 
