@@ -125,8 +125,13 @@ def estimate(
     return Estimator(corpus, tokenizer, vocabulary).estimate(ranges, kind)
 
 
-def require_room(folder: str, estimated: Estimate, plan: Plan) -> int:
+def require_room(folder: str, shard_bytes: float, missing: int) -> int:
     """Holds what is still to be written to the free space of the disk.
+
+    Args:
+        folder: of the shards.
+        shard_bytes: what a shard takes on average, as estimated.
+        missing: shards that are still to be written.
 
     Returns:
         Bytes that should be free before a shard is begun.
@@ -135,15 +140,13 @@ def require_room(folder: str, estimated: Estimate, plan: Plan) -> int:
         ConfigurationError: the shards will not fit.
     """
     free = files.free_bytes(folder)
-    present = set(files.names(folder))
-    missing = sum(split.shard not in present for split in plan.splits)
-    needed = estimated.shard_bytes * missing // max(1, len(plan.splits))
+    needed = shard_bytes * missing
     if free is not None and free < _CERTAIN * needed:
         raise ConfigurationError(
             f"{folder} has {free / 1e9:,.2f} GB free, and the shards will take about {needed / 1e9:,.2f} GB: "
             "make room, or choose another --output"
         )
-    return round(_SPARE * estimated.shard_bytes / max(1, len(plan.splits)))
+    return round(_SPARE * shard_bytes)
 
 
 def _head(documents: Iterator[Document]) -> Iterator[Document]:

@@ -29,7 +29,7 @@ from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
 from scorer import errors, files
 from scorer.devices import device_count, require_device
-from scorer.errors import ConfigurationError, HardnessError, StorageError
+from scorer.errors import ConfigurationError, HardnessError
 from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary
@@ -111,8 +111,7 @@ class Job:
         plan = adopt_plan(self.folder, self.plan)
         with holding(self.folder):
             _prepare_folder(self.folder, self.tokenizer, self.vocabulary)
-            estimated = estimate(self.corpus, plan, self.tokenizer, self.vocabulary)
-            limits = Limits(self.tolerance, len(plan.splits), require_room(self.folder, estimated, plan))
+            limits = Limits(self.tolerance, len(plan.splits), self._require_room(plan))
             source = self.corpus.source(self.folder, self.vocabulary)
             recipe = Recipe(self.folder, source, self.step, self.provenance)
 
@@ -126,6 +125,14 @@ class Job:
             manifest = check_published(self.folder, plan)
         _summarize(self.folder, manifest)
         return manifest
+
+    def _require_room(self, plan: Plan) -> int:
+        """Bytes that must be free before a shard is begun, after a look at whether all that are missing will fit."""
+        missing = len({split.shard for split in plan.splits} - set(files.names(self.folder)))
+        if not missing:
+            return 0
+        estimated = estimate(self.corpus, plan, self.tokenizer, self.vocabulary)
+        return require_room(self.folder, estimated.shard_bytes / len(plan.splits), missing)
 
 
 def versions() -> dict[str, str]:
@@ -185,10 +192,10 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
         yield
     except BaseException:
         close_all()
-        with suppress(StorageError):
+        with suppress(HardnessError, OSError):  # what failed is what matters
             remove_temporaries(folder)
-        progress = measure(folder, plan)
-        logger.info("stopped with %d of %d shards in %s", progress.done, progress.planned, folder)
+            progress = measure(folder, plan)
+            logger.info("stopped with %d of %d shards in %s", progress.done, progress.planned, folder)
         raise
     close_all()
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import score_corpus, status, tokenize_corpus, verify
+from pipeline import score_corpus, shard_making, status, tokenize_corpus, verify
 from pipeline.corpus import TextFormat
 from pipeline.plan import read_plan
 from pipeline.publication import Draft, Provenance, publish_split
@@ -709,3 +709,59 @@ def test_kill_costs_only_the_shards_in_flight(
     after = state_of(output)
     assert [name for name in published if after[name] != before[name]] == []
     assert bytes_of(after) == bytes_of(state_of(undisturbed))
+
+
+# --- Damage while a job runs
+
+
+@pytest.mark.parametrize("damage", ["delete", "cut", "flip"])
+def test_a_shard_that_is_damaged_while_the_job_runs_is_in_no_manifest(
+    *,
+    damage: str,
+    corpus_folder: Path,
+    tokenizer_folder: Path,
+    block_folder: Path,
+    tmp_path: Path,
+    state_of: LookAt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first shard is hurt while the last one is published."""
+    output = tmp_path / "blocks"
+    publish = shard_making.publish_split
+
+    def hurt_first(folder: str, draft: Draft, provenance: Provenance) -> Any:
+        published = publish(folder, draft, provenance)
+        first = output / "shard-00000-of-00003.parquet"
+        if draft.split.index == 2:
+            data = first.read_bytes()
+            first.unlink()
+            if damage != "delete":
+                first.write_bytes(data[:-1] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
+        return published
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_making, "publish_split", hurt_first)
+        with pytest.raises(ShardError, match=r"shard-00000-of-00003.parquet was lost or damaged"):
+            tokenize(corpus_folder, tokenizer_folder, output, "--split_bytes", 100_000)
+    assert not (output / "_manifest.json").exists()
+    tokenize(corpus_folder, tokenizer_folder, output, "--split_bytes", 100_000)
+    mended = {name: data for name, data in bytes_of(state_of(output)).items() if "damaged" not in name}
+    assert mended == bytes_of(state_of(block_folder))
+
+
+def test_a_shard_that_is_missing_takes_the_manifest_with_it(
+    blocks: Path, corpus_folder: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a rerun makes it anew, nobody takes the folder for complete."""
+    shard_paths(blocks)[1].unlink()
+    seen = []
+    publish = shard_making.publish_split
+
+    def look(*arguments: Any) -> Any:
+        seen.append((blocks / "_manifest.json").exists())
+        return publish(*arguments)
+
+    monkeypatch.setattr(shard_making, "publish_split", look)
+    tokenize(corpus_folder, tokenizer_folder, blocks, "--split_bytes", 100_000)
+    assert seen == [False]
+    assert (blocks / "_manifest.json").exists()
