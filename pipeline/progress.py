@@ -17,7 +17,6 @@ from typing import Literal
 from pipeline.failures import SetAside, read_set_aside
 from pipeline.lease import living_driver
 from pipeline.plan import PLAN_NAME, Plan
-from pipeline.supervision import IN_FLIGHT_NAME
 from scorer import files
 from scorer.errors import HardnessError
 from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, Receipt, read_manifest, read_receipt
@@ -26,6 +25,8 @@ from scorer.shards import RUN_LENGTH
 logger = logging.getLogger(__name__)
 
 STALLED_SECONDS = 600.0
+IN_FLIGHT_NAME = "in-flight"
+"""What supervisors call the temporary file in which they say what they are at."""
 _RATE_WINDOW_SHARDS = 32
 _REPORT_SECONDS = 10.0
 _FRESH_SECONDS = 60.0

@@ -28,6 +28,7 @@ import cloudpickle
 from pipeline.failures import SetAside, Tolerance, record
 from pipeline.messages import Beat, Done, Failed, Hopeless, Ready, Task
 from pipeline.plan import Split
+from pipeline.progress import IN_FLIGHT_NAME
 from pipeline.publication import PublishedShard
 from pipeline.shard_making import Recipe
 from pipeline.worker import Worker
@@ -36,7 +37,6 @@ from scorer.errors import CorpusError, StorageError, WorkerError
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT_NAME = "in-flight"
 _ATTEMPTS = 3
 """Of a split, before it is set aside."""
 _MAX_SET_ASIDE_IN_A_ROW = 10
