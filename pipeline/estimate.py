@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +74,8 @@ class Estimator:
         tokens = 0.0
         for members in forms.values():
             step = -(-len(members) // _SAMPLED_RANGES)
-            sampled = [self._sample(range_) for range_ in members[::step]]
+            with _without_warnings():
+                sampled = [self._sample(range_) for range_ in members[::step]]
             units = sum(units for _, units in sampled)
             density = sum(count for count, _ in sampled) / units if units else 0.0
             tokens += density * sum(range_.end - range_.start for range_ in members)
@@ -147,6 +150,18 @@ def require_room(folder: str, shard_bytes: float, missing: int) -> int:
             "make room, or choose another --output"
         )
     return round(_SPARE * shard_bytes)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """What is wrong with an archive is said once, by the worker that reads all of it."""
+    logger = logging.getLogger("pipeline.documents")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _head(documents: Iterator[Document]) -> Iterator[Document]:

@@ -19,6 +19,8 @@ from warcio.warcwriter import WARCWriter
 
 from pipeline import tokenize_corpus, verify
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
+
 Run = Callable[..., tuple[int, str]]
 
 
@@ -84,7 +86,7 @@ def blocks_of(
     def run(name: str, *inputs: Path, flags: tuple[object, ...] = ()) -> npt.NDArray[Any]:
         output = tmp_path / "output" / name
         arguments = ["--input", *inputs, "--tokenizer", tokenizer_folder, "--output", output, *flags]
-        code, err = run_command(tokenize_corpus.main, *arguments)
+        code, err = run_command(tokenize_corpus.main, *arguments, *IN_THREADS)
         assert code == 0, err
         code, err = run_command(verify.main, output)
         assert code == 0, err
@@ -177,11 +179,11 @@ def test_damaged_tables_and_missing_columns_are_refused_before_any_shard(
     write_parquet(tmp_path / "bad.parquet", ["bad"])
     (tmp_path / "bad.parquet").write_bytes((tmp_path / "bad.parquet").read_bytes()[:-3])
     flags = ["--tokenizer", tokenizer_folder, "--output", tmp_path / "output"]
-    code, err = run_command(tokenize_corpus.main, "--input", tmp_path / "*.parquet", *flags)
+    code, err = run_command(tokenize_corpus.main, "--input", tmp_path / "*.parquet", *flags, *IN_THREADS)
     assert code == 2
     assert "bad.parquet cannot be read as Parquet" in err
     code, err = run_command(
-        tokenize_corpus.main, "--input", tmp_path / "good.parquet", *flags, "--text_field", "content"
+        tokenize_corpus.main, "--input", tmp_path / "good.parquet", *flags, *IN_THREADS, "--text_field", "content"
     )
     assert code == 2
     for word in ("good.parquet", "'content'", "id, text", "--text_field"):
@@ -194,6 +196,6 @@ def test_a_web_archive_without_text_is_named_on_the_console(
 ) -> None:
     write_wet(tmp_path / "pages.warc.gz", [])
     flags = ["--tokenizer", tokenizer_folder, "--output", tmp_path / "output"]
-    code, err = run_command(tokenize_corpus.main, "--input", tmp_path / "pages.warc.gz", *flags)
+    code, err = run_command(tokenize_corpus.main, "--input", tmp_path / "pages.warc.gz", *flags, *IN_THREADS)
     assert code == 0
     assert err.count("pages.warc.gz holds no record of plain text (found: 1 warcinfo)") == 1

@@ -23,6 +23,8 @@ from pipeline.plan import Plan, Split, common_folder, read_plan, split_files
 from scorer import files
 from scorer.errors import ConfigurationError, ShardError
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
+
 file_sizes = st.lists(
     st.tuples(
         st.sampled_from(["txt", "jsonl", "txt.gz", "JSONL.GZ", "txt.zst", "warc", "Warc.Wet.zstd"]), st.integers(0, 400)
@@ -143,7 +145,7 @@ def test_plans_without_an_encoding_are_of_utf8(
         assert plan is not None
         assert plan.configuration.encoding == encoding
     arguments = ["--input", str(corpus_folder), "--tokenizer", str(tokenizer_folder), "--split_bytes", "100000"]
-    assert tokenize_corpus.main([*arguments, "--output", str(blocks)]) == 0
+    assert tokenize_corpus.main([*arguments, "--output", str(blocks), *IN_THREADS]) == 0
 
 
 def test_plan_lists_the_splits_of_the_corpus(block_folder: Path, corpus_folder: Path) -> None:
@@ -194,7 +196,7 @@ def tokenize(block_folder: Path, corpus_folder: Path, tokenizer_folder: Path) ->
     def run(*more: object, input: Path = corpus_folder, tokenizer: Path = tokenizer_folder) -> int:
         arguments = ["--input", input, "--tokenizer", tokenizer, "--output", block_folder]
         defaults = [] if "--split_bytes" in more else ["--split_bytes", 100_000]
-        return tokenize_corpus.main([*map(str, [*arguments, *defaults, *more])])
+        return tokenize_corpus.main([*map(str, [*arguments, *defaults, *more]), *IN_THREADS])
 
     return run
 
@@ -268,7 +270,7 @@ def score(hardness_folder: Path, block_folder: Path, alm_folder: Path) -> Callab
 
     def run(*more: object, alm: Path = alm_folder) -> int:
         arguments = ["--input", block_folder, "--alm", alm, "--output", hardness_folder, "--device", "cpu", *more]
-        return score_corpus.main([*map(str, arguments)])
+        return score_corpus.main([*map(str, arguments), *IN_THREADS])
 
     return run
 

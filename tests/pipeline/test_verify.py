@@ -23,6 +23,8 @@ from pipeline.verify import find_faults
 from scorer.errors import ShardError
 from scorer.shards import ShardReader
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
+
 Run = Callable[..., tuple[int, str]]
 EditJson = Callable[..., None]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -384,7 +386,7 @@ def test_faults_are_counted_and_the_way_out_mends_them(
     for path in (first, second, blocks / "_rejects.jsonl"):
         path.unlink()
     arguments = ["--input", str(corpus_folder), "--tokenizer", str(tokenizer_folder), "--output", str(blocks)]
-    assert tokenize_corpus.main([*arguments, "--split_bytes", "100000"]) == 0
+    assert tokenize_corpus.main([*arguments, "--split_bytes", "100000", *IN_THREADS]) == 0
     assert faults_of(blocks) == []
 
 
@@ -493,7 +495,7 @@ def long_shard(
     folder = tmp_path_factory.mktemp("long")
     (folder / "long.txt").write_text(random_text(320_000, 1))
     flags = ["--input", folder / "long.txt", "--tokenizer", tokenizer_folder, "--output", folder / "blocks"]
-    assert tokenize_corpus.main(list(map(str, flags))) == 0
+    assert tokenize_corpus.main([*map(str, flags), *IN_THREADS]) == 0
     metadata = pq.read_metadata(shard_paths(folder / "blocks")[0])
     assert [metadata.row_group(index).num_rows for index in range(2)] == [256, 256]
     assert metadata.num_row_groups == 3
@@ -579,7 +581,7 @@ def folder_with_rejects(tmp_path_factory: pytest.TempPathFactory, tokenizer_fold
     folder = tmp_path_factory.mktemp("rejects")
     (folder / "bad.jsonl").write_text('{"text": "good"}\n{bad\n{"text": "good"}\n[]\n')
     flags = ["--input", folder / "bad.jsonl", "--tokenizer", tokenizer_folder, "--output", folder / "blocks"]
-    assert tokenize_corpus.main(list(map(str, flags))) == 0
+    assert tokenize_corpus.main([*map(str, flags), *IN_THREADS]) == 0
     assert faults_of(folder / "blocks") == []
     return folder / "blocks"
 

@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline import score_corpus
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
+
 pytestmark = pytest.mark.slow  # 10 s, most of it the command
 
 ROBERTA_SPECIAL_IDS = [0, 1, 2, 3, 50264]  # <s> <pad> </s> <unk> <mask>
@@ -53,7 +55,7 @@ def shards(tmp_path_factory, real_data, alm):
     output = tmp_path_factory.mktemp("shards") / "shards"
     arguments = ["--input", str(corpus), "--alm", str(alm), "--tokenizer", str(real_data / "tokenizer")]
     arguments += ["--output", str(output), "--split_bytes", "20000", "--device", "cpu", "--micro_batch", "4"]
-    assert score_corpus.main(arguments) == 0
+    assert score_corpus.main([*arguments, *IN_THREADS]) == 0
     return output
 
 

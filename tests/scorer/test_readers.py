@@ -16,6 +16,8 @@ import pytest
 from pipeline import score_corpus, tokenize_corpus
 from scorer.shards import ShardReader
 
+IN_THREADS = ("--direct_running_mode", "in_memory")
+
 pandas = pytest.importorskip("pandas")
 duckdb = pytest.importorskip("duckdb")
 polars = pytest.importorskip("polars")
@@ -33,9 +35,9 @@ def folders(
     folder = tmp_path_factory.mktemp("readers")
     found = {kind: folder / kind for kind in ("blocks", "hardness")}
     flags = ["--input", corpus_folder, "--tokenizer", tokenizer_folder, "--output", found["blocks"]]
-    assert tokenize_corpus.main([*map(str, flags), "--split_bytes", "250000"]) == 0
+    assert tokenize_corpus.main([*map(str, flags), "--split_bytes", "250000", *IN_THREADS]) == 0
     flags = ["--input", found["blocks"], "--alm", alm_folder, "--output", found["hardness"], "--device", "cpu"]
-    assert score_corpus.main(list(map(str, flags))) == 0
+    assert score_corpus.main([*map(str, flags), *IN_THREADS]) == 0
     return found
 
 
