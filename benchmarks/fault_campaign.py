@@ -183,11 +183,11 @@ def main() -> int:
         kind = flags.kinds[number % len(flags.kinds)]
         outcome = campaign.strike(kind, number // len(flags.kinds))
         _show(f"[{number + 1}/{flags.faults}]", outcome)
+        report = _report(campaign, flags, time.monotonic() - began)
+        for path in map(Path, flags.output):  # after each fault: a campaign may be cut short
+            path.write_text(_markdown(report) if path.suffix == ".md" else json.dumps(report, indent=2) + "\n")
     console.print(_table(campaign.outcomes))
     failed = [outcome for outcome in campaign.outcomes if outcome.violations]
-    report = _report(campaign, flags, time.monotonic() - began)
-    for path in map(Path, flags.output):
-        path.write_text(_markdown(report) if path.suffix == ".md" else json.dumps(report, indent=2) + "\n")
     if failed:
         console.print(f"[red]{len(failed)} faults broke a promise[/]: what they left is in {folder}")
         return 1
