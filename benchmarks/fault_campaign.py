@@ -15,6 +15,7 @@ import platform
 import random
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -171,6 +172,8 @@ def _run_well(job: Job, output: Path) -> Run:
 def main() -> int:
     """Runs the command."""
     flags = _parser().parse_args()
+    # A shell's background jobs ignore SIGINT and so would the jobs here; a handler of ours is not inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     folder = Path(flags.folder or tempfile.mkdtemp(prefix="fault-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
