@@ -31,13 +31,20 @@ class Stream(IntEnum):
     """Which random token."""
     ORDER = 3
     """In which order blocks are read."""
+    LENGTH = 4
+    """How long a span is that starts here."""
+    OVERLAP = 5
+    """Which of two overlapping n-grams is kept."""
 
 
 def mix(words: UInt64) -> UInt64:
     """The finalizer: a bijection of 64-bit words in which every input bit moves about half of the output bits."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words ^ (words >> np.uint64(30))
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
 
 
 def key(*parts: int | UInt64) -> UInt64:
@@ -56,27 +63,40 @@ def digest(input_ids: npt.NDArray[np.integer[Any]]) -> UInt64:
     return mix(mix(input_ids.astype(np.uint64) ^ places).sum(axis=1, dtype=np.uint64))
 
 
-def bits(keys: UInt64, stream: Stream, count: int) -> UInt64:
-    """`count` words for each key: uint64 [N] -> uint64 [N, count]."""
-    counters = (np.arange(count, dtype=np.uint64) + np.uint64(int(stream) << 32)) * _GOLDEN_GAMMA
-    return mix(mix(keys[:, None] + counters))
+def bits(keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[Any]]) -> UInt64:
+    """Words for each key: uint64 [N] -> uint64 [N, count].
+
+    Args:
+        keys: uint64 [N].
+        stream: what they are for.
+        counters: which of the stream's words: the first so many of each key, or those at integers [N, count].
+    """
+    places = np.arange(counters) if isinstance(counters, int) else counters
+    return mix(mix(keys[:, None] + (places.astype(np.uint64) + np.uint64(int(stream) << 32)) * _GOLDEN_GAMMA))
 
 
-def uniform(keys: UInt64, stream: Stream, count: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers in the open interval (0, 1): uint64 [N] -> float64 [N, count].
+def uniform(keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+    """Uniform numbers in the open interval (0, 1), float64 [N, count]; arguments as for `bits`.
 
     The upper 52 bits, each interval represented by its middle, so that neither 0 nor 1 comes out. With one bit more
     the middle of the last interval would round to 1.
     """
-    return ((bits(keys, stream, count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    words = bits(keys, stream, counters)
+    words >>= np.uint64(12)
+    numbers = words.astype(np.float64)
+    numbers += 0.5
+    numbers *= 2.0**-52
+    return numbers
 
 
-def integers(keys: UInt64, stream: Stream, count: int, below: int) -> npt.NDArray[np.int64]:
-    """Uniform integers in [0, below), below at most 2**31: uint64 [N] -> int64 [N, count].
+def integers(
+    keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[Any]], below: int
+) -> npt.NDArray[np.int64]:
+    """Uniform integers in [0, below), below at most 2**31, int64 [N, count]; arguments as for `bits`.
 
     Multiply and shift; no value's probability is off by more than 2**-32.
     """
-    words = bits(keys, stream, count) >> np.uint64(32)
+    words = bits(keys, stream, counters) >> np.uint64(32)
     return ((words * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
 

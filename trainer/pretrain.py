@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,8 @@ from transformers import AutoModelForMaskedLM
 from scorer.console import run_command
 from trainer import runs
 from trainer.evaluation import MaskedLmTrainer
-from trainer.masking import HardnessCollator, check_alpha
+from trainer.masking import HardnessCollator, MaskingVocabulary
+from trainer.masking.arguments import MaskingArguments
 from trainer.models import ModelArguments, build_model
 from trainer.reader import open_corpus
 from trainer.runs import RecipeArguments
@@ -22,19 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ShardArguments:
-    """What to train on, and how to mask it."""
+    """What to train on."""
 
     shards: list[str] = field(metadata={"help": "folders of hardness shards"})
     validation_shards: list[str] | None = field(
         default=None, metadata={"help": "folders to evaluate on; default: the last blocks of each of --shards"}
     )
-    alpha: float = field(
-        default=0.001, metadata={"help": "Eq. (4): 0 masks by hardness alone, inf uniformly; the paper uses 0.001"}
-    )
-
-    def __post_init__(self) -> None:
-        """Checks alpha."""
-        check_alpha(self.alpha)
 
 
 @dataclass
@@ -47,30 +40,33 @@ class MlmRecipe(RecipeArguments):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    data, model_arguments, recipe = runs.parse(arguments, "trainer.pretrain", ShardArguments, ModelArguments, MlmRecipe)
+    data, masks, model_arguments, recipe = runs.parse(
+        arguments, "trainer.pretrain", ShardArguments, MaskingArguments, ModelArguments, MlmRecipe
+    )
     corpus, groups, held_out = open_corpus(data.shards, data.validation_shards, perplexities=True)
-    collator = HardnessCollator(corpus.vocabulary, data.alpha, recipe.seed)
+    MaskingVocabulary.of(corpus.vocabulary)  # refuses a corpus without a mask token before anything is loaded
     tokenizer = runs.load_corpus_tokenizer(corpus, model_arguments.tokenizer_name)
     stream = runs.plan_stream(recipe, corpus, groups)
-    logger.info("alpha = %s: %d steps of %d blocks", data.alpha, recipe.max_steps, recipe.global_batch_size)
+    schedule, masking = masks.schedule(recipe.max_steps), masks.masking(tokenizer)
+    collator = HardnessCollator(corpus.vocabulary, schedule, recipe.seed, masking, at_positions=True)
+    logger.info("%s: %d steps of %d blocks", masks.title(), recipe.max_steps, recipe.global_batch_size)
     runs.seed_everything(recipe)
     model = build_model(AutoModelForMaskedLM, model_arguments, corpus.vocabulary, tokenizer, {})
+    run = runs.identify(corpus, groups, recipe, model, **masks.identity())
     trainer = MaskedLmTrainer(
-        evaluations={"uniform": math.inf, "hardness": 0.0, "own": data.alpha},
-        vocabulary=corpus.vocabulary,
+        collator,
+        corpus.vocabulary,
         model=model,
         args=recipe,
-        train_dataset=stream,
+        stream=stream,
         eval_dataset=held_out,
-        data_collator=collator,
         processing_class=tokenizer,
     )
-    results = runs.train(trainer, runs.identify(corpus, groups, recipe, model, alpha=str(data.alpha)))
+    results = runs.train(trainer, run)
     logger.info(
-        "held-out blocks: loss %.4f on the fixed uniform mask, %.4f on masks of alpha = %s (accuracy %.1f %%)",
+        "held-out blocks: loss %.4f on the fixed uniform mask, %.4f on masks of the run's own (accuracy %.1f %%)",
         results["eval_uniform_loss"],
         results["eval_own_loss"],
-        data.alpha,
         100 * results["eval_own_accuracy"],
     )
     return 0

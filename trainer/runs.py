@@ -17,13 +17,13 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scorer import files
 from scorer.errors import ConfigurationError
@@ -31,6 +31,7 @@ from scorer.manifest import TOKENIZER_FOLDER
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import require_same_vocabulary
 from trainer.reader import RowGroup, ShardCorpus, TrainingStream, steps_per_epoch
+from trainer.stream_trainer import StreamTrainer
 
 COMPLETE_MARK = "complete.json"
 """Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
@@ -66,6 +67,10 @@ class RecipeArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "these models use all of their parameters"}
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "processes that read and mask; default: 2 with a GPU, else none (a thread reads ahead)"},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay off: the collator needs the perplexities"}
     )
@@ -84,6 +89,8 @@ class RecipeArguments(TrainingArguments):
                 "leave --remove_unused_columns off and --train_sampling_strategy sequential: the perplexities are "
                 "unused by the model, and the order is the stream's"
             )
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
         # Pinned memory is for copies to an accelerator; without one torch warns of it at every loader.
         if not torch.cuda.is_available():
@@ -208,7 +215,7 @@ def newest_checkpoint(output_dir: str, run: Mapping[str, Any]) -> str | None:
     return str(newest)
 
 
-def train(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, float]:
+def train(trainer: StreamTrainer, run: Mapping[str, Any]) -> dict[str, float]:
     """Trains from where the output folder stands, saves the model, evaluates, and writes `all_results.json`.
 
     Returns:
@@ -216,6 +223,9 @@ def train(trainer: Trainer, run: Mapping[str, Any]) -> dict[str, float]:
     """
     arguments = trainer.args
     checkpoint = newest_checkpoint(arguments.output_dir, run)
+    if checkpoint is not None:
+        done = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        trainer.begin_at(done * arguments.global_batch_size)
     trainer.add_callback(MarkComplete(run, arguments.save_total_limit))
     arguments.save_total_limit = None
     result = trainer.train(resume_from_checkpoint=checkpoint)

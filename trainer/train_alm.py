@@ -15,16 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase
 
 from scorer.alm import READING_DIRECTION, Direction, require_causal
 from scorer.console import run_command
 from scorer.vocabulary import Vocabulary
 from trainer import runs
-from trainer.masking import IGNORED_LABEL, stack
+from trainer.batches import Batch, Feature
+from trainer.masking import IGNORED_LABEL
 from trainer.models import ModelArguments, build_model
 from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, open_corpus
 from trainer.runs import RecipeArguments
+from trainer.stream_trainer import StreamTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +66,16 @@ class CausalCollator:
         """Fixes the direction."""
         self._reverse = direction == "backward"
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """`input_ids` and `labels`, int64 [B, T], in reading order; the model shifts the labels itself."""
-        ids = torch.from_numpy(stack(features, "input_ids").astype(np.int64))
+        batch = features if isinstance(features, Batch) else Batch.of(features)
+        ids = torch.from_numpy(batch.input_ids.astype(np.int64))
         if self._reverse:
             ids = ids.flip(1)
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-class AlmTrainer(Trainer):
+class AlmTrainer(StreamTrainer):
     """Trainer that evaluates by token: exp of the mean NLL, and next-token accuracy, over ordinary tokens."""
 
     def __init__(self, vocabulary: Vocabulary, **settings: Any):
@@ -138,7 +141,7 @@ def train_direction(  # noqa: PLR0917 - one call, and each argument is a thing o
         corpus.vocabulary,
         model=model,
         args=recipe,
-        train_dataset=stream,
+        stream=stream,
         eval_dataset=held_out,
         data_collator=CausalCollator(direction),
     )

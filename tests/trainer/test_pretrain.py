@@ -14,6 +14,7 @@ from scorer.errors import ConfigurationError
 from scorer.shards import ShardReader
 from trainer import pretrain
 from trainer.masking import HardnessCollator
+from trainer.masking.arguments import MaskingArguments
 from trainer.models import ModelArguments, build_model
 
 KEYS = {"eval_uniform_loss", "eval_own_loss", "eval_own_accuracy", "eval_mask_rate"}
@@ -235,7 +236,8 @@ class TestTraining:
         recipe = pretrain.MlmRecipe(output_dir=str(tmp_path), use_cpu=True, report_to="none")
         assert (recipe.num_train_epochs, recipe.learning_rate, recipe.global_batch_size) == (6.0, 1e-6, 2560)
         assert recipe.get_warmup_steps(1000) == 100
-        assert pretrain.ShardArguments(shards=["a"]).alpha == 0.001
+        assert MaskingArguments().schedule(steps=1).start == 0.001
+        assert MaskingArguments().masking_strategy == "hardness"
 
 
 class TestModel:

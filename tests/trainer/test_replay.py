@@ -125,7 +125,7 @@ def test_a_masks_seed_and_epoch_change_it(lines, write_shards):
 def test_without_json_prints_readable_text(capsys, hardness_folder):
     assert replay.main(["--shards", str(hardness_folder), "--alpha", "0", "--rows", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "epoch 0, shard 0, row 2: 77 positions drawn with alpha = 0.0" in printed
+    assert "epoch 0, shard 0, row 2: 77 positions, hardness, alpha = 0.0" in printed
     assert "<mask>" in printed
 
 
