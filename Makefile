@@ -10,7 +10,7 @@ required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-faults lint format clean
-.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain replay
+.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain replay simulate
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,3 +77,7 @@ pretrain: .venv/.installed  ## SHARDS=… MODEL=… (or CONFIG=…) ALPHA=0.001 
 replay: .venv/.installed  ## SHARDS=… ALPHA=0.001
 	$(call required,SHARDS)
 	$(PY) -m trainer.replay --shards $(SHARDS) --alpha $(or $(ALPHA),0.001) $(ARGS)
+
+simulate: .venv/.installed  ## SHARDS=… [ALPHAS='inf 0.001 0']
+	$(call required,SHARDS)
+	$(PY) -m trainer.simulate --shards $(SHARDS) $(if $(ALPHAS),--alphas $(ALPHAS)) $(ARGS)
