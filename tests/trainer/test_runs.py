@@ -210,11 +210,69 @@ def assert_same_run(output, undisturbed):
         assert results[name] == wanted[name]
 
 
-@pytest.mark.slow  # 30 s for the three
+LIVES = """
+import os, random, signal, sys
+from scorer.console import run_command
+from trainer import pretrain, reader
+
+lives, log = int(sys.argv.pop(1)), sys.argv.pop(1)
+read = reader.TrainingStream.__getitems__
+steps = random.Random(7)
+
+def live(life, left):
+    def read_until_killed(self, positions):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        with open(log, "a") as lines:
+            print(life, *positions, file=lines)
+        return read(self, positions)
+
+    reader.TrainingStream.__getitems__ = read_until_killed
+    run_command(pretrain.main)
+
+# Each life is a fork of this process, which has imported everything and runs no threads.
+for life in range(lives + 1):
+    last = steps.randint(1, 6) if life < lives else -1
+    child = os.fork()
+    if not child:
+        live(life, last)
+    status = os.waitpid(child, 0)[1]
+    expected = signal.SIGKILL if life < lives else 0
+    if (os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)) != expected:
+        sys.exit(f"life {life} ended with {status}")
+"""
+
+
+@pytest.mark.slow  # 30 s
+def test_ten_kills_at_random_steps_cost_no_bit_and_read_no_batch_that_was_trained_on_before_the_checkpoint(
+    tmp_path, arguments
+):
+    """A checkpoint every second step of 30; every life reads from its checkpoint on, step by step, and nothing else."""
+    arguments = [*arguments, "--max_steps", "30", "--save_steps", "2"]
+    assert pretrain.main([*arguments, "--output_dir", str(tmp_path / "undisturbed")]) == 0
+    log = tmp_path / "read.txt"
+    command = [sys.executable, "-c", LIVES, "10", str(log), *arguments, "--output_dir", str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+    read = [[int(number) for number in line.split()] for line in log.read_text().splitlines()]
+    lives = [[batch[1:] for batch in read if batch[0] == life] for life in range(11)]
+    reached = 0
+    for batches in lives:
+        first = batches[0][0] // 4
+        assert batches == [[*range(4 * step, 4 * step + 4)] for step in range(first, first + len(batches))]
+        assert first % 2 == 0  # a checkpoint's step
+        assert reached - 3 <= first <= reached  # the newest one: a batch is read one step ahead of its use
+        reached = first + len(batches)
+    assert reached == 30
+
+
+@pytest.mark.slow  # 20 s for the two
 @pytest.mark.parametrize(
     ("kill", "left"),
     [
-        (("in a step", "7"), ({3, 6}, set())),
         (("while a checkpoint is written", "6"), ({3}, {6})),
         (("in a step", "1"), (set(), set())),
     ],
