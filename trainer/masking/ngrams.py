@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from scorer import files
@@ -40,7 +41,10 @@ class Ngrams:
             ConfigurationError: the file is missing or empty, or a line is malformed or of another tokenizer.
         """
         lines = list(_lines(path))
-        encoded = tokenizer.backend_tokenizer.encode_batch([f" {line}" for line in lines], add_special_tokens=False)
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        encoded = backend.encode_batch([f" {line}" for line in lines], add_special_tokens=False)
         unknown = tokenizer.unk_token_id
         ngrams = []
         for number, (line, encoding) in enumerate(zip(lines, encoded, strict=True), start=1):
@@ -90,7 +94,7 @@ class Ngrams:
         end = 0
         for start, word in enumerate(words):
             for length in self.lengths.get(word, ()):
-                if tuple(words[start : start + length]) in self.ngrams:
+                if start + length <= len(words) and tuple(words[start : start + length]) in self.ngrams:
                     # Starts ascend, so what ends no later than one before it lies within that one.
                     if start + length > end:
                         end = start + length
@@ -100,7 +104,7 @@ class Ngrams:
 
 
 def _lines(path: str) -> Iterator[str]:
-    if not files.exists(path):
+    if not files.exists(path) or files.is_folder(path):
         raise ConfigurationError(f"no n-gram list at {path}: expected a text file with an n-gram a line")
     content = files.read_bytes(path)
     for number, raw in enumerate(content.splitlines(), start=1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -34,7 +35,9 @@ class Kind(IntEnum):
     DIGIT = 2
     MARK = 3
     PART = 4
-    """Some bytes of a character; it goes with whatever is beside it."""
+    """The later bytes of a character: it is what its first bytes, in the token before, are."""
+    OPEN = 5
+    """A space by itself: what follows is its word."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ class Words:
         spelling = [b""] * size
         spell = _speller(tokenizer)
         for token, id_ in tokens.items():
-            begins[id_], spelling[id_] = spell(token)
-            first[id_], last[id_] = _kinds(spelling[id_].decode(errors="replace"))
-            begins[id_] |= spelling[id_][:1].isspace()
+            begins[id_], spelling[id_], (first[id_], last[id_]) = spell(token)
         return cls(begins, first, last, spelling)
 
     def starts(self, input_ids: Ids, is_eligible: Bools) -> Bools:
@@ -73,10 +74,11 @@ class Words:
 
         A position that is not eligible is a unit of its own, so that no word reaches over one.
         """
-        before, after = input_ids[:, :-1], input_ids[:, 1:]
-        last, first = self.last[before], self.first[after]
-        is_joined = (last == first) | (last == Kind.PART) | (first == Kind.PART)
-        is_joined &= ~self.begins[after] & (last != Kind.SPACE)
+        last = self.last[input_ids]
+        known = np.maximum.accumulate(np.where(last != Kind.PART, np.arange(last.shape[1]), 0), axis=1)
+        last, first = np.take_along_axis(last, known, axis=1)[:, :-1], self.first[input_ids[:, 1:]]
+        is_joined = ((last == first) & (last != Kind.SPACE)) | (first == Kind.PART) | (last == Kind.OPEN)
+        is_joined &= ~self.begins[input_ids[:, 1:]]
         starts = np.ones(input_ids.shape, dtype=bool)
         starts[:, 1:] = ~(is_joined & is_eligible[:, :-1] & is_eligible[:, 1:])
         return starts
@@ -93,36 +95,75 @@ class Words:
         return b"".join([self.spelling[id_] for id_ in ids]).decode(errors="replace").strip().lower()
 
 
-def _kinds(text: str) -> tuple[Kind, Kind]:
-    stripped = text.lstrip()
-    return (_kind(stripped[0]), _kind(text[-1])) if stripped else (Kind.SPACE, Kind.SPACE)
+def _kinds(spelling: bytes) -> tuple[Kind, Kind]:
+    """Kinds of the first character, spaces aside, and of the last."""
+    if spelling == b" ":
+        return Kind.SPACE, Kind.OPEN
+    text = spelling.decode(errors="surrogateescape")  # bytes of parts of characters become U+DC80 to U+DCFF
+    if not (stripped := text.lstrip()):
+        return Kind.SPACE, Kind.SPACE
+    last = len(text) - 1
+    while last and _is_later_byte(text[last]):
+        last -= 1
+    return _kind(stripped), _kind(text[last:])
 
 
-def _kind(character: str) -> Kind:
-    if character == "\ufffd":
+def _kind(text: str) -> Kind:
+    """The kind of a text's first character, of which only the first bytes may be there."""
+    if _is_later_byte(text[0]):
         return Kind.PART
-    if character.isspace():
+    if "\udc80" <= text[0] <= "\udcff":
+        later = itertools.takewhile(_is_later_byte, text[1:])
+        return _kind_of_most((text[0] + "".join(later)).encode(errors="surrogateescape"))
+    if text[0].isspace():
         return Kind.SPACE
-    return {"L": Kind.LETTER, "N": Kind.DIGIT}.get(unicodedata.category(character)[0], Kind.MARK)
+    return {"L": Kind.LETTER, "N": Kind.DIGIT}.get(unicodedata.category(text[0])[0], Kind.MARK)
 
 
-def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[bool, bytes]]:
-    """A function from a token as the vocabulary writes it to (whether it says that a word begins, its bytes)."""
+def _is_later_byte(character: str) -> bool:
+    return "\udc80" <= character <= "\udcbf"
+
+
+def _kind_of_most(begun: bytes) -> Kind:
+    """What most characters that begin with these bytes of UTF-8 are: of E2 80 marks (dashes, quotes), of C3 letters."""
+    missing = (1 if begun[0] < 0xE0 else 2 if begun[0] < 0xF0 else 3) - (len(begun) - 1)
+    candidates = (
+        (begun + bytes(0x80 + (index >> 6 * place) % 64 for place in reversed(range(missing)))).decode(errors="ignore")
+        for index in range(0, 64**missing, max(1, 64**missing // 4096))
+    )
+    kinds = Counter(_kind(character) for character in candidates if character)
+    return kinds.most_common(1)[0][0] if kinds else Kind.PART
+
+
+Spelling = tuple[bool, bytes, tuple[Kind, Kind]]
+"""Whether a word begins, the token's bytes, the kinds of its ends."""
+
+
+def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Spelling]:
+    """How tokens are read from the way in which the vocabulary writes them."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] == "WordPiece":
         prefix = backend["model"]["continuing_subword_prefix"]
-        return lambda token: (not token.startswith(prefix), token.removeprefix(prefix).encode())
-    steps = json.dumps([backend["pre_tokenizer"], backend["decoder"]])
+        # Its words are what the prefix says, whatever they are made of.
+        return lambda token: (
+            not token.startswith(prefix),
+            token.removeprefix(prefix).encode(),
+            (Kind.PART, Kind.LETTER),
+        )
+    steps = json.dumps([backend[step] for step in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     if '"ByteLevel"' in steps:
         byte = {character: code for code, character in bytes_to_unicode().items()}
         # An added token is written as it is; one with other characters cannot come out of the bytes.
-        return lambda token: (
-            False,
-            bytes(byte[c] for c in token) if all(c in byte for c in token) else token.encode(),
+        return lambda token: _spelled(
+            bytes(byte[c] for c in token) if all(c in byte for c in token) else token.encode()
         )
     if SPACE_MARK in steps:
-        return lambda token: (False, token.replace(SPACE_MARK, " ").encode())
+        return lambda token: _spelled(token.replace(SPACE_MARK, " ").encode())
     raise ConfigurationError(
         "this tokenizer's tokens do not say where words begin: whole words, spans and n-grams need a byte-level BPE, "
         f"WordPiece, or one that marks spaces with {SPACE_MARK}; --masking_strategy hardness and random need none"
     )
+
+
+def _spelled(spelling: bytes) -> Spelling:
+    return spelling[:1].isspace(), spelling, _kinds(spelling)
