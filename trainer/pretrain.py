@@ -38,11 +38,22 @@ class MlmRecipe(RecipeArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "peak, after warm-up"})
 
 
+ARGUMENTS = (ShardArguments, MaskingArguments, ModelArguments, MlmRecipe)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ShardArguments, MaskingArguments, ModelArguments, MlmRecipe]:
+    """Parses the command's flags.
+
+    Raises:
+        ConfigurationError: a value is refused. An unknown flag ends with the usage.
+    """
+    data, masks, model, recipe = runs.parse(arguments, "trainer.pretrain", *ARGUMENTS)
+    return data, masks, model, recipe
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    data, masks, model_arguments, recipe = runs.parse(
-        arguments, "trainer.pretrain", ShardArguments, MaskingArguments, ModelArguments, MlmRecipe
-    )
+    data, masks, model_arguments, recipe = parse(arguments)
     corpus, groups, held_out = open_corpus(data.shards, data.validation_shards, perplexities=True)
     MaskingVocabulary.of(corpus.vocabulary)  # refuses a corpus without a mask token before anything is loaded
     tokenizer = runs.load_corpus_tokenizer(corpus, model_arguments.tokenizer_name)

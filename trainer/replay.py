@@ -24,7 +24,7 @@ from trainer.reader import ShardCorpus
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
     try:
-        masks, flags = _parser().parse_args_into_dataclasses(list(arguments))
+        masks, flags = _parser().parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(str(error)) from error
     corpus = ShardCorpus(flags.shards)

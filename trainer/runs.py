@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...
     """
     parser = HfArgumentParser(types, prog=f"python -m {module}", allow_abbrev=False)
     try:
-        parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments))
+        parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
     return parsed

@@ -47,9 +47,13 @@ class StreamTrainer(Trainer):
         return super().get_batch_samples(self._clock.timed(epoch_iterator), num_batches, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with `epoch` as passes over the corpus and, while training, `data_wait` as a share of step time."""
+        """Logs, with `epoch` as passes over the corpus.
+
+        While training also `progress`, the share of the run that is done, and `data_wait`, a share of step time.
+        """
         self.state.epoch = self.state.global_step / self._stream.steps_per_epoch
         if "loss" in logs:
+            logs["progress"] = self.state.global_step / self.state.max_steps
             logs["data_wait"] = self._clock.take_share()
         super().log(logs, start_time)
 
