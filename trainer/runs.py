@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -89,6 +90,11 @@ class RecipeArguments(TrainingArguments):
                 "leave --remove_unused_columns off and --train_sampling_strategy sequential: the perplexities are "
                 "unused by the model, and the order is the stream's"
             )
+        if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:
+            raise ConfigurationError(
+                f"--ddp_backend {self.ddp_backend} is for several processes: start them with "
+                "torchrun --nproc_per_node N -m MODULE, or leave it out"
+            )
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
@@ -108,6 +114,8 @@ def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...
         parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
+    if not all(item.should_log for item in parsed if isinstance(item, RecipeArguments)):
+        logging.getLogger("trainer").setLevel(logging.WARNING)  # one process speaks for all
     return parsed
 
 

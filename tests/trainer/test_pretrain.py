@@ -8,7 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    pipeline,
+)
 
 from scorer.errors import ConfigurationError
 from scorer.shards import ShardReader
@@ -224,6 +231,67 @@ class TestTraining:
         run("--alpha", "0.001", "--learning_rate", "1e-3", output=output)
         assert (output / "model.safetensors").read_bytes() == before
         assert {key: results(output)[key] for key in KEYS} == {key: results(pretrained)[key] for key in KEYS}
+
+    def test_logs_how_far_it_is_and_what_waiting_for_data_costs(self, run):
+        output = run("--max_steps", 4, "--logging_steps", 1)
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        steps = [entry for entry in log if "loss" in entry]
+        assert [entry["progress"] for entry in steps] == [0.25, 0.5, 0.75, 1.0]
+        assert all(0 < entry["data_wait"] < 1 for entry in steps)
+
+    def test_epochs_in_the_log_are_passes_over_the_blocks(self, run, hardness_folder):
+        blocks = json.loads((hardness_folder / "_manifest.json").read_text())["blocks"]
+        per_epoch = (blocks - max(64, blocks // 100)) // 16
+        output = run("--max_steps", 2 * per_epoch, "--global_batch_size", 16, "--logging_steps", per_epoch)
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        assert [entry["epoch"] for entry in log if "loss" in entry] == [1.0, 2.0]
+
+    @pytest.mark.parametrize(
+        ("shape", "alphas"), [("linear", [0.1, 0.07, 0.04, 0.01]), ("cosine", [0.1, 0.0775, 0.0325, 0.01])]
+    )
+    def test_alpha_follows_its_schedule_to_the_last_step(self, run, held_out, vocabulary, shape, alphas):
+        flags = ("--alpha", 0.1, "--alpha_end", 0.01, "--alpha_schedule", shape, "--max_steps", 4, "--logging_steps", 1)
+        output = run(*flags)
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        assert [entry["alpha"] for entry in log if "alpha" in entry] == pytest.approx(alphas)
+        loss, _ = exact_evaluation(output, held_out, vocabulary, 0.01)
+        assert results(output)["eval_own_loss"] == pytest.approx(loss, rel=1e-5)
+
+    def test_a_schedule_masks_each_step_by_its_own_alpha(self, run, checkpoint):
+        """At a learning rate of 0 a step's loss depends on its blocks and masks alone."""
+        flags = ("--model_name_or_path", checkpoint, "--learning_rate", 0, "--max_steps", 3, "--logging_steps", 1)
+        off = ("--config_overrides", "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0")
+
+        def losses(*more):
+            log = json.loads((run(*flags, *off, *more) / "trainer_state.json").read_text())["log_history"]
+            return [entry["loss"] for entry in log if "loss" in entry]
+
+        scheduled = losses("--alpha", 0.02, "--alpha_end", 0, "--alpha_schedule", "linear")
+        constant = [losses("--alpha", alpha) for alpha in (0.02, 0.01, 0.0)]
+        assert scheduled == [constant[step][step] for step in range(3)]
+
+    @pytest.mark.parametrize("strategy", ["random", "topk", "whole-word", "hardness-whole-word", "span"])
+    def test_every_strategy_trains_and_is_evaluated_on_masks_of_its_own(self, run, checkpoint, strategy):
+        flags = ("--model_name_or_path", checkpoint, "--learning_rate", 0)
+        ours, plain = results(run(*flags, "--masking_strategy", strategy)), results(run(*flags))
+        assert ours["eval_uniform_loss"] == plain["eval_uniform_loss"]
+        assert ours["eval_mask_rate"] == pytest.approx(77 / 512, abs=0.003)
+        assert (ours["eval_own_loss"] == ours["eval_uniform_loss"]) == (strategy == "random")
+        assert ours["eval_own_perplexity"] == pytest.approx(math.exp(ours["eval_own_loss"]), rel=1e-6)
+
+    def test_the_fill_mask_pipeline_opens_what_it_saves(self, pretrained):
+        fill = pipeline("fill-mask", model=str(pretrained), tokenizer=str(pretrained))
+        answers = fill("the <mask> of")
+        assert len(answers) == 5
+        assert all(0 < answer["score"] < 1 for answer in answers)
+
+    def test_curves_are_where_tensorboard_looks_for_them(self, run):
+        output = run("--report_to", "tensorboard", "--logging_steps", 1)
+        (folder,) = output.glob("runs/*")
+        reader = EventAccumulator(str(folder)).Reload()
+        tags = set(reader.Tags()["scalars"])
+        assert tags >= {"train/loss", "train/data_wait", "eval/uniform_loss", "eval/own_loss", "eval/own_accuracy"}
+        assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3]
 
     def test_saves_model_and_tokenizer_that_transformers_loads(self, pretrained, tokenizer):
         model = AutoModelForMaskedLM.from_pretrained(pretrained)

@@ -209,6 +209,30 @@ class TestOrder:
         asked = [5, 900, 6, 5]
         assert [place(feature) for feature in stream.__getitems__(asked)] == [sequential[i] for i in asked]
 
+    def test_says_where_the_block_of_any_position_is_from_without_reading_it(self, folder, second_folder):
+        stream, _, _ = make_stream([folder, second_folder], epochs=2)
+        read = places(stream)
+        unread, _, _ = make_stream([folder, second_folder], epochs=2)
+        assert [unread.origin(position) for position in range(len(unread))] == read
+
+    def test_a_batch_may_cross_windows_and_epochs(self, write_shards):
+        folder = write_shards([256 * 33])  # windows of 8,192 and 256 - 64 blocks
+        stream, _, _ = make_stream([folder], batch_size=48, epochs=2)
+        one_by_one = [place(stream[position]) for position in range(8180, 8200)]
+        again, _, _ = make_stream([folder], batch_size=48, epochs=2)
+        assert [place(feature) for feature in again.__getitems__(range(8180, 8200))] == one_by_one
+        border = len(stream) // 2
+        assert [again[i]["epoch"] for i in (border - 1, border)] == [0, 1]
+        assert [again[i]["step"] for i in (border - 1, border)] == [border // 48 - 1, border // 48]
+
+    def test_batches_stay_as_they_are_when_their_window_is_written_over(self, write_shards):
+        stream, _, _ = make_stream([write_shards([256 * 65])], epochs=1)
+        early = stream.__getitems__(range(4))
+        before = early.content.sha256()
+        for position in (8192, 16384 - 1):  # the second and the third window
+            stream[position]
+        assert early.content.sha256() == before
+
     def test_ends_where_the_run_ends(self, folder):
         stream, _, _ = make_stream([folder])
         for position in (len(stream), -1):
