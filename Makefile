@@ -75,12 +75,12 @@ verify: .venv/.installed  ## SHARDS=…
 
 pretrain: .venv/.installed  ## SHARDS=… MODEL=… (or CONFIG=…) ALPHA=0.001 OUTPUT=…
 	$(call required,SHARDS OUTPUT)
-	$(PY) -m trainer.pretrain --shards $(SHARDS) --alpha $(or $(ALPHA),0.001) --output_dir $(OUTPUT) \
+	$(PY) -m trainer.pretrain --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) --output_dir $(OUTPUT) \
 		$(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(CONFIG),--config_name $(CONFIG)) $(ARGS)
 
 replay: .venv/.installed  ## SHARDS=… ALPHA=0.001
 	$(call required,SHARDS)
-	$(PY) -m trainer.replay --shards $(SHARDS) --alpha $(or $(ALPHA),0.001) $(ARGS)
+	$(PY) -m trainer.replay --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) $(ARGS)
 
 <<<<<<< HEAD
 simulate: .venv/.installed  ## SHARDS=… [ALPHAS='inf 0.001 0']
