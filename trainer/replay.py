@@ -80,6 +80,8 @@ def _alpha(masks: MaskingArguments, step: int | None, steps: int | None) -> floa
             f"--alpha_schedule {masks.alpha_schedule}: alpha depends on the step; pass --step (from 0) and the run's "
             "--max_steps"
         )
+    if not 0 <= step < steps:
+        raise ConfigurationError(f"--step {step}: a run of {steps} steps has steps 0 to {steps - 1}")
     return masks.schedule(steps).at(step)
 
 

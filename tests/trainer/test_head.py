@@ -78,6 +78,28 @@ def test_nothing_of_the_size_of_all_positions_is_projected(model_type, batch):
     assert rows == [(3, 9)]
 
 
+@pytest.mark.parametrize("model_type", ["bert", "camembert", "roberta", "xlm-roberta"])
+def test_the_last_layer_asks_at_masked_positions_only_and_reads_all(model_type, batch):
+    ids, positions, labels, _ = batch
+    model = on_masked_positions(make(model_type))
+    last = model.base_model.encoder.layer[-1]
+    seen = {}
+    for name, module in (("query", last.attention.self.query), ("key", last.attention.self.key), ("ffn", last.output)):
+        module.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0].shape[:-1]}))
+    model(input_ids=ids, masked_positions=positions, labels=labels)
+    assert seen == {"query": (3, 9), "key": (3, 64), "ffn": (3, 9)}
+
+
+def test_with_an_attention_mask_the_layers_are_the_models_own(batch):
+    ids, positions, labels, everywhere = batch
+    attention_mask = torch.ones_like(ids)
+    attention_mask[:, 60:] = 0
+    plain, ours = make("roberta"), on_masked_positions(make("roberta"))
+    expected = plain(input_ids=ids, attention_mask=attention_mask, labels=everywhere).loss
+    found = ours(input_ids=ids, attention_mask=attention_mask, masked_positions=positions, labels=labels).loss
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_an_architecture_that_is_not_known_says_that_it_projects_all_positions(caplog):
     on_masked_positions(make("albert"))
     assert "AlbertForMaskedLM" in caplog.text

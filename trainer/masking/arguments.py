@@ -51,6 +51,10 @@ class MaskingArguments:
         Raises:
             ConfigurationError: it takes no alpha, hardness or n-grams, or they are not there.
         """
+        if self.masking_strategy not in STRATEGIES:
+            raise ConfigurationError(
+                f"--masking_strategy {self.masking_strategy}: expected one of {', '.join(STRATEGIES)}"
+            )
         strategy = STRATEGIES[self.masking_strategy]
         flags: dict[str, tuple[Any, bool]] = {
             "--alpha": (self.alpha is not None, strategy.alpha),

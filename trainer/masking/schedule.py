@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from scorer.errors import ConfigurationError
 from trainer.masking.law import check_alpha
@@ -30,6 +30,10 @@ class AlphaSchedule:
             ConfigurationError: Eq. (4) is not defined for one, or there is no way from one to the other.
         """
         check_alpha(self.start)
+        if self.shape not in get_args(AlphaScheduleType):
+            raise ConfigurationError(
+                f"--alpha_schedule {self.shape}: expected one of {', '.join(get_args(AlphaScheduleType))}"
+            )
         if self.shape == "constant":
             if self.end is not None:
                 raise ConfigurationError(f"--alpha_end {self.end} needs --alpha_schedule linear or cosine")

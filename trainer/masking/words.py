@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from trainer.batches import Ids
 from trainer.masking.selection import Bools
 
 SPACE_MARK = "▁"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""How tokenizers with ▁ write a byte of a character that they have no token for."""
 
 
 class Kind(IntEnum):
@@ -84,15 +87,16 @@ class Words:
         return starts
 
     def split(self, ids: Sequence[int]) -> list[str]:
-        """The words of some text's ids, in lower case."""
+        """The words of some text's ids, as `text` has them."""
         row = np.asarray([ids], dtype=np.int64)
         starts = [*np.flatnonzero(self.starts(row, np.ones(row.shape, dtype=bool))[0]), len(ids)]
         words = [self.text(ids[a:b]) for a, b in itertools.pairwise(starts)]
         return [word for word in words if word]
 
     def text(self, ids: Sequence[int]) -> str:
-        """A word in lower case, without spaces around it."""
-        return b"".join([self.spelling[id_] for id_ in ids]).decode(errors="replace").strip().lower()
+        """A word without case, and without spaces around it."""
+        # Not lower(): what that makes of a sigma depends on what follows, and tokens cut words.
+        return b"".join([self.spelling[id_] for id_ in ids]).decode(errors="replace").strip().casefold()
 
 
 def _kinds(spelling: bytes) -> tuple[Kind, Kind]:
@@ -158,7 +162,9 @@ def _speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Spelling]:
             bytes(byte[c] for c in token) if all(c in byte for c in token) else token.encode()
         )
     if SPACE_MARK in steps:
-        return lambda token: _spelled(token.replace(SPACE_MARK, " ").encode())
+        return lambda token: _spelled(
+            bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace(SPACE_MARK, " ").encode()
+        )
     raise ConfigurationError(
         "this tokenizer's tokens do not say where words begin: whole words, spans and n-grams need a byte-level BPE, "
         f"WordPiece, or one that marks spaces with {SPACE_MARK}; --masking_strategy hardness and random need none"
