@@ -53,7 +53,7 @@ class MaskingArguments:
         """
         if self.masking_strategy not in STRATEGIES:
             raise ConfigurationError(
-                f"--masking_strategy {self.masking_strategy}: expected one of {', '.join(STRATEGIES)}"
+                f"--masking_strategy {self.masking_strategy!r}: expected one of {', '.join(STRATEGIES)}"
             )
         strategy = STRATEGIES[self.masking_strategy]
         flags: dict[str, tuple[Any, bool]] = {

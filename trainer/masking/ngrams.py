@@ -70,8 +70,8 @@ class Ngrams:
             frozenset(numbered),
             {word: sorted(found, reverse=True) for word, found in lengths.items()},
             np.array([numbers.get(text, 0) for text in texts]),
-            # The bytes of half a character may open any word.
-            np.array([text in openings or "\ufffd" in text for text in texts]),
+            # A space by itself, and the first bytes of a character, may open any word.
+            np.array([not text or text in openings or "\ufffd" in text for text in texts]),
         )
 
     def number(self, input_ids: Ids, starts: Bools, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
