@@ -28,7 +28,7 @@ class Sample:
     seconds: float
     """Wall-clock."""
     cpu_seconds: float
-    """Of all threads of this process; 0 where a device does the work."""
+    """Of all threads of this process."""
 
 
 @dataclass(frozen=True)
