@@ -131,7 +131,7 @@ class Steps:
         self._count += 1
         with self._setting.autocast():
             loss: Tensor = self._function(**batch).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     def turn(self) -> Sample:
