@@ -18,6 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
+ENVIRONMENT = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE")
+"""What changes the speed of torch on a CPU: shown before the command where it is set."""
+
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -155,8 +158,9 @@ def hardware() -> str:
 
 def command(module: str, arguments: Sequence[str]) -> str:
     """The command line; of absolute paths the last part only, since where a folder lies is nobody's concern."""
+    settings = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
     shown = [f"…/{Path(argument).name}" if argument.startswith("/") else argument for argument in arguments]
-    return " ".join(["python -m", module, *shown])
+    return " ".join([*settings, "python -m", module, *(f"'{word}'" if " " in word else word for word in shown)])
 
 
 def _cpu_model() -> str:

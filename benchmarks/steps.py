@@ -29,6 +29,8 @@ class Size:
     hidden: int
     heads: int
     vocabulary: int
+    least_ratio: float
+    """Plain over ours, in time on a CPU, must be so much."""
     aimed_mfu: float
     """On a GPU."""
 
@@ -44,17 +46,21 @@ class Size:
             type_vocab_size=1,
         )
 
-    def flops(self) -> float:
-        """Model FLOPs of one token, forward and backward, averaged over a block; see benchmarks.train_step."""
+    def flops(self, positions: int = MASKED) -> float:
+        """Model FLOPs of one token, forward and backward, averaged over a block; see benchmarks.train_step.
+
+        Args:
+            positions: of a block, at which the head is computed.
+        """
         encoder = self.layers * 12 * self.hidden**2
-        head = (self.hidden**2 + self.hidden * self.vocabulary) * MASKED / BLOCK_LENGTH
+        head = (self.hidden**2 + self.hidden * self.vocabulary) * positions / BLOCK_LENGTH
         return 6 * (encoder + head) + 12 * self.layers * BLOCK_LENGTH * self.hidden
 
 
 SIZES = {
-    "tiny": Size(2, 64, 2, 2000, 0.0),
-    "base": Size(12, 768, 12, 50265, 0.50),
-    "large": Size(24, 1024, 16, 50265, 0.55),
+    "tiny": Size(2, 64, 2, 2000, 1.0, 0.0),
+    "base": Size(12, 768, 12, 50265, 1.3, 0.50),
+    "large": Size(24, 1024, 16, 50265, 1.0, 0.55),
 }
 
 
