@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
 from benchmarks.interleaved import Sample
@@ -46,14 +48,10 @@ class Size:
             type_vocab_size=1,
         )
 
-    def flops(self, positions: int = MASKED) -> float:
-        """Model FLOPs of one token, forward and backward, averaged over a block; see benchmarks.train_step.
-
-        Args:
-            positions: of a block, at which the head is computed.
-        """
+    def flops(self) -> float:
+        """Model FLOPs of one token, forward and backward, averaged over a block; see benchmarks.train_step."""
         encoder = self.layers * 12 * self.hidden**2
-        head = (self.hidden**2 + self.hidden * self.vocabulary) * positions / BLOCK_LENGTH
+        head = (self.hidden**2 + self.hidden * self.vocabulary) * MASKED / BLOCK_LENGTH
         return 6 * (encoder + head) + 12 * self.layers * BLOCK_LENGTH * self.hidden
 
 
@@ -185,6 +183,13 @@ def as_taken(batch: dict[str, Tensor], variant: Variant) -> dict[str, Tensor]:
         labels.scatter_(1, batch["masked_positions"], batch["labels"])
         taken = {"input_ids": batch["input_ids"], "labels": labels}
     return taken | ({"attention_mask": torch.ones_like(batch["input_ids"])} if variant.has_mask else {})
+
+
+def count_flops(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    """FLOPs of a token in the matrix products that a forward and backward does; attention's unfused, to be seen."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(model(**batch).loss)
+    return float(counter.get_total_flops() / batch["input_ids"].numel())
 
 
 def step_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

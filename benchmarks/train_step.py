@@ -7,7 +7,9 @@
 
 Model FLOPs are what the task needs, whatever a variant spends: 6 for each weight of a matrix product and token (2
 forward, 4 backward), the head's only at the M of T tokens that are asked about, and 12 L T d a token for attention.
-MFU is their rate over the best rate of a large matrix product in the same run.
+MFU is their rate over the best rate of a large matrix product in the same run. What a variant really does is counted
+too, as FLOPs are dispatched, and its rate shown beside MFU: plain does more than the task needs, and who leaves out
+positions of the last layer does less.
 
 On a CPU: forward and backward in float32, with neither peak nor MFU, since cores may be shared. Set
 OMP_WAIT_POLICY=PASSIVE there, else threads that wait for a core count as work, and THP_MEM_ALLOC_ENABLE=1 as make does.
@@ -49,6 +51,7 @@ from benchmarks.steps import (
     Variant,
     as_taken,
     build,
+    count_flops,
     make_batch,
     step_optimizer,
 )
@@ -84,6 +87,9 @@ class Outcome:
     tokens_per_second: float
     """Of the whole step where the optimizer was measured, else of forward and backward."""
     mfu: float
+    """Model FLOPs over the peak."""
+    executed: float
+    """The FLOPs that it does over the peak."""
     extra_bytes: int
     """Device memory at its peak beyond weights, gradients and optimizer; 0 on a CPU."""
     first_seconds: float
@@ -127,6 +133,8 @@ class Benchmark:
         self._flags = flags
         self._setting = Setting(torch.device(flags.device), flags.bf16, flags.compile_mode, flags.steps)
         self._peak = math.nan
+        self._flops: dict[tuple[str, bool], float] = {}
+        """By model, and whether its head is at masked positions only: FLOPs that a token costs."""
         self._report = Report(
             title="A training step: the head at masked positions only, against plain Hugging Face",
             module=MODULE,
@@ -142,6 +150,8 @@ class Benchmark:
         if flags.peak:
             self._attempt("peak", self._measure_peak)
         checks = [self._attempt(f"{size}: check", partial(self._check, size)) for size in flags.size]
+        for size in flags.size:
+            self._attempt(f"{size}: counting", partial(self._count, size))
         for number, micro_batch in enumerate(flags.micro_batches):
             names = flags.variants if number == 0 else [name for name in flags.variants if name in FURTHER]
             for size in flags.size:
@@ -211,6 +221,17 @@ class Benchmark:
             self._attempt(f"{size}: kernels", partial(self._note_kernels, models[True].float().train(), batch))
         return passed
 
+    def _count(self, size: str) -> None:
+        """What plain and ours do."""
+        batch = make_batch(SIZES[size], 1, self._setting.device, seed=1)
+        for at_positions, model in build(SIZES[size], self._setting.device).items():
+            self._flops[size, at_positions] = count_flops(model, as_taken(batch, Variant(at_positions)))
+        plain, ours = self._flops[size, False], self._flops[size, True]
+        self._note(
+            f"{size}: for a token plain does {plain / 1e6:.1f} MFLOP, {plain / ours:.2f} times the {ours / 1e6:.1f} of "
+            f"ours; the model's are {SIZES[size].flops() / 1e6:.1f}."
+        )
+
     def _note_kernels(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         """Which kernels attention becomes on the device."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -261,6 +282,8 @@ class Benchmark:
         if self._flags.optimizer and (stepped := [name for name in steps if VARIANTS[name].at_positions]):
             optimizer = torch.optim.AdamW(models[True].parameters(), lr=1e-6, weight_decay=0.0, fused=True)
             sides[OPTIMIZER] = partial(self._setting.timed, partial(step_optimizer, models[True], optimizer))
+        if not steps:
+            return
         samples = interleave(sides, self._flags.turns)
         if optimizer is not None:
             count = self._flags.global_batch // cell.micro_batch
@@ -309,13 +332,13 @@ class Benchmark:
                 name,
                 f"{1e3 * median(samples[name]):,.1f}",
                 f"{1e3 * median(samples[name], 'cpu_seconds'):,.1f}",
-                *[""] * 6,
+                *[""] * 7,
             )
             for name in (OPTIMIZER, WHOLE)
             if name in samples
         ]
-        header = ("", "ms", "CPU ms", "plain over it", "in CPU time", "tokens/s", "MFU, %", "GB beyond weights")
-        table = Table(f"{cell}: forward and backward", (*header, "first step, s"), rows)
+        header = ("", "ms", "CPU ms", "plain over it", "in CPU time", "tokens/s", "MFU, %", "done, %")
+        table = Table(f"{cell}: forward and backward", (*header, "GB beyond weights", "first step, s"), rows)
         table.show()
         self._report.tables.append(table)
         self._outcomes += outcomes
@@ -342,6 +365,7 @@ class Benchmark:
             cpu_speedup=ratio(plain, samples[name], "cpu_seconds") if plain else None,
             tokens_per_second=rate,
             mfu=SIZES[cell.size].flops() * rate / self._peak,
+            executed=self._flops.get((cell.size, VARIANTS[name].at_positions), math.nan) * rate / self._peak,
             extra_bytes=start.extra_bytes,
             first_seconds=start.seconds,
         )
@@ -360,11 +384,10 @@ class Benchmark:
             )
         for outcome in self._outcomes:
             if outcome.variant == "ours" and outcome.cpu_speedup and not self._setting.is_gpu:
-                model = SIZES[outcome.size]
+                words = verdict(outcome.cpu_speedup.of_medians, SIZES[outcome.size].least_ratio)
                 self._note(
                     f"{outcome.size}, micro-batch {outcome.micro_batch}: plain takes {outcome.cpu_speedup} times ours "
-                    f"in CPU time, and {model.flops(BLOCK_LENGTH) / model.flops():.2f} times its arithmetic; "
-                    f"{verdict(outcome.cpu_speedup.of_medians, model.least_ratio)}."
+                    f"in CPU time; {words}."
                 )
 
 
@@ -452,7 +475,7 @@ def to_row(outcome: Outcome) -> tuple[str, ...]:
         str(outcome.speedup or 1),
         str(outcome.cpu_speedup or 1),
         f"{outcome.tokens_per_second:,.0f}",
-        "" if math.isnan(outcome.mfu) else f"{100 * outcome.mfu:.1f}",
+        *("" if math.isnan(share) else f"{100 * share:.1f}" for share in (outcome.mfu, outcome.executed)),
         f"{outcome.extra_bytes / 1e9:.1f}" if outcome.extra_bytes else "",
         f"{outcome.first_seconds:.1f}",
     )
