@@ -9,6 +9,8 @@ numpy's version.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -37,30 +39,54 @@ class Stream(IntEnum):
     """Which of two overlapping n-grams is kept."""
 
 
-def mix(words: UInt64) -> UInt64:
-    """The finalizer: a bijection of 64-bit words in which every input bit moves about half of the output bits."""
-    words = words ^ (words >> np.uint64(30))
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return words
+def mix(words: UInt64, out: UInt64 | None = None) -> UInt64:
+    """The finalizer: a bijection of 64-bit words in which every input bit moves about half of the output bits.
+
+    Args:
+        words: uint64, of any shape.
+        out: where to put the result; may be `words`.
+    """
+    shifted = words >> np.uint64(30)
+    mixed: UInt64 = np.bitwise_xor(words, shifted, out=out)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(mixed, np.uint64(27), out=shifted)
+    mixed ^= shifted
+    mixed *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(mixed, np.uint64(31), out=shifted)
+    mixed ^= shifted
+    return mixed
 
 
 def key(*parts: int | UInt64) -> UInt64:
     """Folds integers and uint64 arrays [N], broadcast against each other, into keys: uint64 [N] (or [1])."""
+    numbers = tuple(takewhile(lambda part: isinstance(part, int), parts))
+    folded = _key_of_numbers(numbers)
+    for part in parts[len(numbers) :]:
+        folded = _folded(folded, part)
+    return folded
+
+
+@lru_cache(maxsize=1024)
+def _key_of_numbers(parts: tuple[int, ...]) -> UInt64:
+    """The beginning of a key, which all batches of an epoch have in common."""
     folded = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        # At least one dimension: numpy warns of the intended overflow for scalars only.
-        word = np.atleast_1d(np.asarray(part & _WORD if isinstance(part, int) else part, dtype=np.uint64))
-        folded = mix((folded ^ mix(word + _GOLDEN_GAMMA)) + _GOLDEN_GAMMA)
+        folded = _folded(folded, part)
+    folded.flags.writeable = False
     return folded
+
+
+def _folded(key: UInt64, part: int | UInt64) -> UInt64:
+    # At least one dimension: numpy warns of the intended overflow for scalars only.
+    word = np.atleast_1d(np.asarray(part & _WORD if isinstance(part, int) else part, dtype=np.uint64))
+    return mix((key ^ mix(word + _GOLDEN_GAMMA)) + _GOLDEN_GAMMA)
 
 
 def digest(input_ids: npt.NDArray[np.integer[Any]]) -> UInt64:
     """One 64-bit word a row, a function of its token ids and their places alone: integers [B, T] -> uint64 [B]."""
-    places = np.arange(1, input_ids.shape[1] + 1, dtype=np.uint64) * _GOLDEN_GAMMA
-    return mix(mix(input_ids.astype(np.uint64) ^ places).sum(axis=1, dtype=np.uint64))
+    words = input_ids.astype(np.uint64)
+    words ^= np.arange(1, input_ids.shape[1] + 1, dtype=np.uint64) * _GOLDEN_GAMMA
+    return mix(mix(words, out=words).sum(axis=1, dtype=np.uint64))
 
 
 def bits(keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[Any]]) -> UInt64:
@@ -72,7 +98,8 @@ def bits(keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[An
         counters: which of the stream's words: the first so many of each key, or those at integers [N, count].
     """
     places = np.arange(counters) if isinstance(counters, int) else counters
-    return mix(mix(keys[:, None] + (places.astype(np.uint64) + np.uint64(int(stream) << 32)) * _GOLDEN_GAMMA))
+    words = keys[:, None] + (places.astype(np.uint64) + np.uint64(int(stream) << 32)) * _GOLDEN_GAMMA
+    return mix(mix(words, out=words), out=words)
 
 
 def uniform(keys: UInt64, stream: Stream, counters: int | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ next window while this one is trained on: a process that reads holds two, 84 MB.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from trainer import noise
 from trainer.batches import Batch, Feature
 
 WINDOW_ROW_GROUPS = 32
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 HELD_OUT_BLOCKS = 64
 HELD_OUT_SHARE = 100
 """One block in this many is held out, where that is more than HELD_OUT_BLOCKS."""
@@ -269,12 +271,13 @@ class TrainingStream(Dataset[Feature]):
     def _window_rows(self, window: _Window) -> ShardContent:
         """The blocks of one window, shuffled."""
         if self._window is None or self._window[0] != window:
+            spare = None if self._window is None else self._window[1]
             ahead, self._ahead = self._ahead, None
             if ahead is None or ahead[0] != window:
-                ahead = window, self._read_ahead(window, None)
-            spare = None if self._window is None else self._window[1]
+                ahead, spare = (window, self._read_ahead(window, spare)), None
             self._window = window, ahead[1].result()
-            if (following := self._after(window)) is not None:
+            # On a single core reading ahead saves no time, and drives what is masked out of the caches.
+            if (following := self._after(window)) is not None and CORES > 1:
                 self._ahead = following, self._read_ahead(following, spare)
         return self._window[1]
 

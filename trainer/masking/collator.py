@@ -62,8 +62,11 @@ def corrupt(
 
 def row_keys(input_ids: Ids, seed: int, epochs: int | npt.NDArray[np.int64]) -> noise.UInt64:
     """The keys of the rows' noise: uint64 [B]."""
-    epoch = epochs if isinstance(epochs, (int, np.integer)) else epochs.astype(np.uint64)
-    return noise.key(seed, epoch, noise.digest(input_ids))
+    if not isinstance(epochs, int | np.integer):
+        if (epochs != epochs[0]).any():
+            return noise.key(int(seed), epochs.astype(np.uint64), noise.digest(input_ids))
+        epochs = epochs[0]
+    return noise.key(int(seed), int(epochs), noise.digest(input_ids))
 
 
 def labels_at(input_ids: Ids, positions: Positions) -> npt.NDArray[np.int64]:

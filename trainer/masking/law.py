@@ -82,7 +82,7 @@ def probabilities(forward: Floats, backward: Floats, alpha: float) -> Float64:
 
 
 def shifted(law: Float64, alpha: float, relative: bool = False) -> Float64:
-    """Eq. (4) before it is normalized: P + alpha where P > 0, else 0; ones for alpha = inf. float64 [B, T].
+    """Eq. (4) before it is normalized: P + alpha, or P / alpha + 1, where P > 0, else 0. float64 [B, T], at most 2.
 
     Args:
         law: [B, T], P(X).
@@ -94,11 +94,13 @@ def shifted(law: Float64, alpha: float, relative: bool = False) -> Float64:
         ConfigurationError: alpha is negative or NaN.
     """
     is_eligible = law > 0
-    if math.isinf(check_alpha(alpha)):
-        return is_eligible.astype(np.float64)
+    share: float | Float64 = 1.0
     if relative:
-        return np.where(is_eligible, law + alpha / np.maximum(is_eligible.sum(axis=1, keepdims=True), 1), 0.0)
-    return np.where(is_eligible, law + alpha, 0.0)
+        share = np.maximum(is_eligible.sum(axis=1, keepdims=True), 1).astype(np.float64)
+    # Of a large alpha divided by alpha / n: what is added stays 1, up to inf.
+    weights = law * (share / alpha) + 1 if check_alpha(alpha) > 1 else law + alpha / share
+    weights *= is_eligible
+    return weights
 
 
 def normalized(weights: Float64) -> Float64:

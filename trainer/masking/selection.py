@@ -26,13 +26,11 @@ def arrivals(weights: Float64, keys: noise.UInt64) -> Float64:
         weights: [B, T], at least 0.
         keys: uint64 [B], of the rows' noise.
     """
-    # Over the largest, so that a weight of 1e308 leaves room for the order of the others.
-    largest = weights.max(axis=1, keepdims=True, initial=0.0)
     times = noise.uniform(keys, Stream.SELECTION, weights.shape[1])
     np.log(times, out=times)
     with np.errstate(divide="ignore"):
-        times /= weights / np.where(largest > 0, -largest, -1.0)
-    return times
+        times /= weights
+    return np.negative(times, out=times)
 
 
 def first(times: Float64, count: int) -> Positions:
