@@ -56,11 +56,14 @@ def corrupted(input_ids: Ids, positions: Positions, vocabulary: MaskingVocabular
     Returns:
         int64 [B, T], as the model sees the rows.
     """
-    action = noise.uniform(keys, Stream.CORRUPTION, positions)
-    drawn = noise.integers(keys, Stream.REPLACEMENT, positions, len(vocabulary.ordinary_ids))
+    rows, slots = np.nonzero(positions >= 0)
+    columns = positions[rows, slots]
+    action = noise.uniform(keys[rows], Stream.CORRUPTION, columns[:, None])[:, 0]
     seen = input_ids.astype(np.int64)
-    rows, slots = np.nonzero((positions >= 0) & (action < MASK_SHARE + RANDOM_SHARE))
-    seen[rows, positions[rows, slots]] = np.where(
-        action[rows, slots] < MASK_SHARE, vocabulary.mask_id, vocabulary.ordinary_ids[drawn[rows, slots]]
-    )
+    is_masked = action < MASK_SHARE
+    seen[rows[is_masked], columns[is_masked]] = vocabulary.mask_id
+    is_random = ~is_masked & (action < MASK_SHARE + RANDOM_SHARE)
+    rows, columns = rows[is_random], columns[is_random]
+    drawn = noise.integers(keys[rows], Stream.REPLACEMENT, columns[:, None], len(vocabulary.ordinary_ids))[:, 0]
+    seen[rows, columns] = vocabulary.ordinary_ids[drawn]
     return seen

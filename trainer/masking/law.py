@@ -104,9 +104,9 @@ def shifted(law: Float64, alpha: float, relative: bool = False) -> Float64:
 
 
 def normalized(weights: Float64) -> Float64:
-    """Rows over their L1 norm; rows of zeros stay. Scaled by the largest first, so that no sum overflows."""
-    largest = weights.max(axis=1, keepdims=True, initial=0.0)
-    scaled = weights / np.where(largest > 0, largest, 1.0)
-    norm = scaled.sum(axis=1, keepdims=True)
-    scaled /= np.where(norm > 0, norm, 1.0)
-    return scaled
+    """Rows over their L1 norm; rows of zeros stay."""
+    norm = weights.sum(axis=1, keepdims=True)
+    if not np.isfinite(norm).all():  # divided by the largest first, so that no sum overflows
+        weights = weights / np.maximum(weights.max(axis=1, keepdims=True), 1.0)
+        norm = weights.sum(axis=1, keepdims=True)
+    return weights / np.where(norm > 0, norm, 1.0)
