@@ -10,11 +10,7 @@ required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-faults lint format clean
-<<<<<<< HEAD
-.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain replay simulate
-=======
-.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain replay sweep
->>>>>>> h-sweep
+.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain sweep simulate replay
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,18 +74,16 @@ pretrain: .venv/.installed  ## SHARDS=… MODEL=… (or CONFIG=…) ALPHA=0.001 
 	$(PY) -m trainer.pretrain --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) --output_dir $(OUTPUT) \
 		$(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(CONFIG),--config_name $(CONFIG)) $(ARGS)
 
-replay: .venv/.installed  ## SHARDS=… ALPHA=0.001
-	$(call required,SHARDS)
-	$(PY) -m trainer.replay --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) $(ARGS)
-
-<<<<<<< HEAD
-simulate: .venv/.installed  ## SHARDS=… [ALPHAS='inf 0.001 0']
-	$(call required,SHARDS)
-	$(PY) -m trainer.simulate --shards $(SHARDS) $(if $(ALPHAS),--alphas $(ALPHAS)) $(ARGS)
-=======
 sweep: .venv/.installed  ## SHARDS=… MODEL=… (or CONFIG=…) OUTPUT=… [ALPHAS='inf 0 0.001 0.005'] [SEEDS='0 1 2']
 	$(call required,SHARDS OUTPUT)
 	$(PY) -m trainer.sweep --shards $(SHARDS) --output_dir $(OUTPUT) \
 		$(if $(ALPHAS),--alphas $(ALPHAS)) $(if $(SEEDS),--seeds $(SEEDS)) \
 		$(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(CONFIG),--config_name $(CONFIG)) $(ARGS)
->>>>>>> h-sweep
+
+simulate: .venv/.installed  ## SHARDS=… [ALPHAS='inf 0.001 0']
+	$(call required,SHARDS)
+	$(PY) -m trainer.simulate --shards $(SHARDS) $(if $(ALPHAS),--alphas $(ALPHAS)) $(ARGS)
+
+replay: .venv/.installed  ## SHARDS=… ALPHA=0.001
+	$(call required,SHARDS)
+	$(PY) -m trainer.replay --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) $(ARGS)

@@ -65,3 +65,14 @@ def test_python_snippet_streams_masked_batches_of_every_block_in_order(hardness_
     for name, values in expected.items():
         assert [row for batch in found["batches"] for row in batch[name]] == values
     assert {len(batch["labels"]) for batch in found["batches"][:-1]} == {8}
+
+
+def test_every_make_target_of_the_readme_can_be_made() -> None:
+    """`make -n` with all variables set says what it would run: a module that is there, and no variable left out."""
+    lines = re.findall(r"^(make .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {line.split()[1] for line in lines} >= {"demo", "test", "score-corpus", "pretrain", "sweep"}
+    for line in [*lines, "make simulate SHARDS=s", "make replay SHARDS=s", "make help"]:
+        done = subprocess.run(["bash", "-c", f"{line} -n"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        for module in re.findall(r"-m ((?:pipeline|scorer|trainer|benchmarks)\.\w+)", done.stdout):
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists(), line
