@@ -236,7 +236,7 @@ def scored(seed, rows, length, *, eligible=0.9, spread=1.0, of=ORDINARY):
         seed: of them.
         rows: B.
         length: T.
-        eligible: how many of the tokens, on average; the others are </s>.
+        eligible: how many of the tokens, on average; most of the others are </s>, all have no perplexity.
         spread: the mean of the perplexities' NLL; "ties" for few values, so that many of them are equal.
         of: ids to choose from.
     """
@@ -247,7 +247,8 @@ def scored(seed, rows, length, *, eligible=0.9, spread=1.0, of=ORDINARY):
     else:
         forward, backward = np.exp(np.minimum(rng.exponential(spread, (2, rows, length)), 80))
     is_special = rng.random((rows, length)) >= eligible
-    ids[is_special], forward[is_special], backward[is_special] = IDS["</s>"], 0, 0
+    forward[is_special], backward[is_special] = 0, 0
+    ids[is_special & (rng.random((rows, length)) < 0.7)] = IDS["</s>"]
     return ids, forward.astype(np.float32), backward.astype(np.float32)
 
 

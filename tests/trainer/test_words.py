@@ -148,7 +148,7 @@ class TestWordsOfByteLevelBpe:
 
     def test_newlines_are_units_of_their_own(self, byte_level):
         words = words_of(byte_level)
-        for text in ("one\ntwo", "one.\n\nTwo"):
+        for text in ("one\ntwo", "one.\n\nTwo", "東\n京"):
             encoding = encode(byte_level, text)
             starts = starts_of(words, encoding.ids)
             for at, token in enumerate(encoding.tokens):
@@ -399,6 +399,11 @@ class TestOccurrences:
         (ids,) = rows = np.array([encode(small, "Seattle rAIN, SEATTLE RAIN Don?").ids])
         assert found_texts(words, ngrams, rows, small) == ["Seattle rAIN", "SEATTLE RAIN", "RAIN Don"]
         assert len(ids) > 15  # of several tokens each
+
+    @pytest.mark.parametrize("text", ["Élan the", "東京 大阪"])
+    def test_are_found_where_their_words_begin_with_a_part_of_a_character(self, small, text):
+        ngrams = Ngrams.of([tuple(text.lower().split())], words_of(small))
+        assert found_texts(words_of(small), ngrams, np.array([encode(small, text).ids]), small) == [text]
 
     def test_do_not_reach_over_tokens_that_are_not_eligible(self, roberta):
         words = words_of(roberta)
