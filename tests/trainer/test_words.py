@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -379,6 +379,7 @@ def naive_occurrences(words, ngrams):
 
 class TestOccurrences:
     @repeatable
+    @example([("a", "b"), ("a", "b", "c")], ["c", "a", "b"])  # where the row ends within what could be a longer one
     @given(
         st.lists(st.lists(st.sampled_from("abc"), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6),
         st.lists(st.sampled_from("abcd"), max_size=14),
