@@ -155,7 +155,7 @@ def plain_random(row, masking, alpha):
 
 def plain_topk(row, masking, alpha):
     perplexities = row.hardness(masking.hardness)
-    return sorted(sorted(perplexities, key=lambda i: (-perplexities[i], row.uniform(SELECTION, i)))[: row.budget])
+    return sorted(sorted(perplexities, key=lambda i: (-perplexities[i], -row.uniform(SELECTION, i)))[: row.budget])
 
 
 def plain_whole_word(row, masking, alpha):
@@ -488,11 +488,12 @@ class TestTopk:
             mean = forward[row] + backward[row].astype(np.float64)
             assert min(mean[list(taken)]) > max(np.delete(mean, list(taken)))
 
-    def test_takes_the_smallest_noise_among_equals(self, masking_by):
+    def test_takes_among_equals_what_uniform_masks_take(self, masking_by):
         blocks = scored(7, 5, 40, spread=0.0, eligible=1.0)
         uniform = noise.uniform(noise.key(0, 0, noise.digest(blocks[0])), noise.Stream.SELECTION, 40)
-        expected = np.sort(np.argsort(uniform, axis=1)[:, :6], axis=1)
+        expected = np.sort(np.argsort(-uniform, axis=1)[:, :6], axis=1)
         np.testing.assert_array_equal(select(masking_by("topk"), blocks), expected)
+        np.testing.assert_array_equal(select(masking_by("random"), blocks), expected)
 
 
 def test_a_masking_without_what_its_strategy_needs_says_so(words):

@@ -114,8 +114,8 @@ class MaskingArguments:
         alpha = self.schedule(steps=1).start
         return {
             "masking_strategy": self.masking_strategy,
-            "alpha": str(alpha) if takes_alpha else None,
-            "alpha_end": None if self.alpha_end is None else str(self.alpha_end),
+            "alpha": str(float(alpha)) if takes_alpha else None,
+            "alpha_end": None if self.alpha_end is None else str(float(self.alpha_end)),
             "alpha_schedule": self.alpha_schedule,
             "relative_alpha": self.relative_alpha,
             "hardness": self.hardness,

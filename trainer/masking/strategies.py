@@ -121,9 +121,9 @@ def by_chance(blocks: ScoredBlocks, masking: Masking, alpha: float) -> Positions
 
 
 def hardest(blocks: ScoredBlocks, masking: Masking, alpha: float) -> Positions:
-    """The M hardest tokens, always the same; noise decides between equals."""
+    """The M hardest tokens, always the same; between equals the race of equals decides."""
     law = _hardness(blocks, masking)
-    order = np.lexsort((noise.uniform(blocks.keys, Stream.SELECTION, law.shape[1]), -law), axis=1)
+    order = np.lexsort((arrivals(np.ones_like(law), blocks.keys), -law), axis=1)
     ranks = np.empty(law.shape)
     np.put_along_axis(ranks, order, np.arange(law.shape[1], dtype=np.float64)[None], axis=1)
     return first(np.where(law > 0, ranks, np.inf), blocks.budget)
