@@ -286,8 +286,8 @@ def _train(command: Sequence[str], cell: Cell, folder: Path, console: Console, l
         )
         try:
             _watch(process, folder / LOG_NAME, start, console)
-        except BaseException:
-            _end(process)
+        except BaseException as error:
+            _end(process, was_told=isinstance(error, KeyboardInterrupt))
             raise
     if process.returncode:
         _fail(process.returncode, cell, folder / LOG_NAME, start, console)
@@ -322,12 +322,13 @@ def last_logged(text: str) -> tuple[float, str | None]:
     return (float(logged[-1][1]), logged[-1][0]) if logged else (0.0, None)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], was_told: bool) -> None:
     """Ends a run: more firmly if it takes too long, or at once if somebody presses Ctrl-C again.
 
-    Ctrl-C at a terminal reaches the run as well, which then ends by itself; a scheduler's SIGTERM reaches only us.
+    Ctrl-C at a terminal reaches the run as well, which then ends by itself (`was_told`); a scheduler's SIGTERM reaches
+    only us.
     """
-    for signal_, patience in ((None, 1.0), (signal.SIGTERM, 60.0), (signal.SIGKILL, None)):
+    for signal_, patience in ((None, 1.0 if was_told else 0.0), (signal.SIGTERM, 60.0), (signal.SIGKILL, None)):
         try:
             if signal_ is not None:
                 process.send_signal(signal_)

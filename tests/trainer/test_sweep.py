@@ -561,8 +561,8 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def flags(hardness_folder, tiny_roberta, quick):
-    """24 steps of 4 blocks at a learning rate of 0, so that what is saved is what the run began with."""
-    steps = ("--max_steps", "24", "--save_steps", "4", "--logging_steps", "1", "--learning_rate", "0")
+    """240 steps of 4 blocks, some seconds, at a learning rate of 0: what is saved is what the run began with."""
+    steps = ("--max_steps", "240", "--save_steps", "10", "--logging_steps", "1", "--learning_rate", "0")
     return ["--shards", str(hardness_folder), "--seeds", "0", *tiny_roberta, *steps, *quick]
 
 
@@ -617,7 +617,7 @@ class TestRealSweep:
         assert written(swept["output"])[name] == swept["ended"]["results"][name]
         assert [len(logs(swept["output"], alpha)) for alpha in ("inf", "0.001", "0")] == [1, 2, 1]
         share, _ = last_logged(logs(swept["output"], "0.001")[1].partition("}")[0] + "}")
-        assert share == pytest.approx((swept["ended"]["steps"] + 1) / 24, abs=1e-3)
+        assert share == pytest.approx((swept["ended"]["steps"] + 1) / 240, abs=1e-3)
 
     def test_takes_one_more_alpha(self, swept):
         results = read_results(swept["output"])
