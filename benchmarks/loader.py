@@ -136,7 +136,7 @@ def our_loader(folder: Path, passes: int) -> DataLoader[Any]:
     groups: list[RowGroup] = [group for groups in corpus.row_groups() for group in groups]
     steps = steps_per_epoch(sum(map(len, groups)), BATCH) * passes
     stream = TrainingStream(corpus, groups, BATCH, steps, SEED)
-    collator = HardnessCollator(corpus.vocabulary, ALPHA, SEED)
+    collator = HardnessCollator(corpus.vocabulary, ALPHA, SEED, at_positions=True)
     return DataLoader(stream, batch_size=BATCH, shuffle=False, num_workers=0, collate_fn=collator)
 
 

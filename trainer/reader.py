@@ -13,9 +13,10 @@ next window while this one is trained on: a process that reads holds two, 84 MB.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from trainer import noise
 from trainer.batches import Batch, Feature
 
 WINDOW_ROW_GROUPS = 32
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 HELD_OUT_BLOCKS = 64
 HELD_OUT_SHARE = 100
 """One block in this many is held out, where that is more than HELD_OUT_BLOCKS."""
@@ -104,10 +104,24 @@ class ShardCorpus:
         Raises:
             ShardError: the file is not the one in the manifest.
         """
-        with self.open(group.shard) as reader:
-            content = reader.read_row_group(group.index, self._perplexities)
-        rows = slice(group.start, group.stop)
-        return ShardContent(**{name: values[rows] for name, values in content.columns()})
+        return next(content for _, content in self.read_all([group]))
+
+    def read_all(self, groups: Sequence[RowGroup]) -> Iterator[tuple[int, ShardContent]]:
+        """Reads several row groups, shard by shard, so that each is opened once.
+
+        Yields:
+            The place of a row group in `groups`, and its rows.
+
+        Raises:
+            ShardError: a file is not the one in the manifest.
+        """
+        places = sorted(range(len(groups)), key=lambda place: (groups[place].shard, groups[place].index))
+        for shard, same in groupby(places, key=lambda place: groups[place].shard):
+            with self.open(shard) as reader:
+                for place in same:
+                    content = reader.read_row_group(groups[place].index, self._perplexities)
+                    rows = slice(groups[place].start, groups[place].stop)
+                    yield place, ShardContent(**{name: values[rows] for name, values in content.columns()})
 
     def open(self, shard: int) -> ShardReader:
         """Opens one shard.
@@ -277,7 +291,7 @@ class TrainingStream(Dataset[Feature]):
                 ahead, spare = (window, self._read_ahead(window, spare)), None
             self._window = window, ahead[1].result()
             # On a single core reading ahead saves no time, and drives what is masked out of the caches.
-            if (following := self._after(window)) is not None and CORES > 1:
+            if (following := self._after(window)) is not None and _cores() > 1:
                 self._ahead = following, self._read_ahead(following, spare)
         return self._window[1]
 
@@ -304,14 +318,13 @@ class TrainingStream(Dataset[Feature]):
         Fresh memory would cost as much as reading: each of its pages is a fault.
         """
         columns: dict[str, npt.NDArray[Any]] = {} if spare is None else dict(spare.columns())
-        filled = 0
-        for group in groups:
-            content = self._corpus.read(group)
+        ends = np.cumsum([len(group) for group in groups])
+        for place, content in self._corpus.read_all(groups):
+            rows = targets[ends[place] - len(content) : ends[place]]
             for name, values in content.columns():
                 if name not in columns or len(columns[name]) < len(targets):
                     columns[name] = np.empty((len(targets), values.shape[1]), dtype=values.dtype)
-                columns[name][targets[filled : filled + len(content)]] = values
-            filled += len(content)
+                columns[name][rows] = values
         return ShardContent(**columns)
 
 
@@ -330,6 +343,11 @@ class _EpochOrder:
     epoch: int
     groups: list[RowGroup]
     ends: npt.NDArray[np.int64]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _take(content: ShardContent, rows: npt.NDArray[np.int64]) -> ShardContent:
