@@ -93,7 +93,7 @@ class MaskedLmTrainer(StreamTrainer):
 
 
 def nll_and_correctness(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Float32 [B, M, 2]: the NLL in nats of each label, and 1 where it was the most likely token.
+    """Float32 [B, M, 2]: the NLL in nats of each label [B, M], and 1 where it was the most likely token.
 
     Takes the place of [B, M, vocabulary] logits before Trainer gathers them over the evaluation set.
     """

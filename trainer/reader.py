@@ -286,6 +286,7 @@ class TrainingStream(Dataset[Feature]):
         """The blocks of one window, shuffled."""
         if self._window is None or self._window[0] != window:
             spare = None if self._window is None else self._window[1]
+            self._window = None  # it may be written over, also by a read that fails
             ahead, self._ahead = self._ahead, None
             if ahead is None or ahead[0] != window:
                 ahead, spare = (window, self._read_ahead(window, spare)), None

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase
 
 from scorer.alm import READING_DIRECTION, Direction, require_causal
@@ -22,6 +21,7 @@ from scorer.console import run_command
 from scorer.vocabulary import Vocabulary
 from trainer import runs
 from trainer.batches import Batch, Feature
+from trainer.evaluation import nll_and_correctness
 from trainer.masking import IGNORED_LABEL
 from trainer.models import ModelArguments, build_model
 from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, open_corpus
@@ -81,7 +81,7 @@ class AlmTrainer(StreamTrainer):
     def __init__(self, vocabulary: Vocabulary, **settings: Any):
         """Takes Trainer's settings, and the vocabulary that says which tokens are ordinary."""
         self._is_special = vocabulary.special_mask()
-        super().__init__(compute_metrics=self._metrics, preprocess_logits_for_metrics=nll_and_correctness, **settings)
+        super().__init__(compute_metrics=self._metrics, preprocess_logits_for_metrics=next_token_scores, **settings)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         targets = prediction.label_ids[:, 1:]
@@ -91,15 +91,10 @@ class AlmTrainer(StreamTrainer):
         return {"perplexity": math.exp(nll), "accuracy": float(accuracy)}
 
 
-def nll_and_correctness(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Float32 [B, T-1, 2]: the NLL in nats of each next token, and 1 where it was the most likely one.
-
-    Takes the place of [B, T, vocabulary] logits before Trainer gathers them over the evaluation set.
-    """
+def next_token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """`nll_and_correctness` of each next token: float32 [B, T-1, 2]."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    predicted, targets = logits[:, :-1].float(), labels[:, 1:]
-    nll = functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    return torch.stack([nll, (predicted.argmax(-1) == targets).float()], dim=-1)
+    return nll_and_correctness(logits[:, :-1], labels[:, 1:])
 
 
 def main(arguments: Sequence[str]) -> int:

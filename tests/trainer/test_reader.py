@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from scorer.errors import ConfigurationError, ShardError
+from trainer import reader
 from trainer.masking import HardnessCollator
 from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, TrainingStream, hold_out, open_corpus, steps_per_epoch
 
@@ -232,6 +233,25 @@ class TestOrder:
         for position in (8192, 16384 - 1):  # the second and the third window
             stream[position]
         assert early.content.sha256() == before
+
+    def test_a_read_that_fails_leaves_no_window_half_written(self, write_shards, monkeypatch):
+        """On one core the next window is read into the memory of the last one, when it is asked for."""
+        stream, _, _ = make_stream([write_shards([256 * 65])], epochs=1)
+        monkeypatch.setattr(reader, "_cores", lambda: 1)
+        expected = place(stream[5])
+        read_all, fails = ShardCorpus.read_all, [True]
+
+        def read_half(self, groups):
+            for count, found in enumerate(read_all(self, groups)):
+                if count == 16 and fails:
+                    raise ShardError("cut")
+                yield found
+
+        monkeypatch.setattr(ShardCorpus, "read_all", read_half)
+        with pytest.raises(ShardError, match="cut"):
+            stream[8192]
+        fails.clear()
+        assert place(stream[5]) == expected
 
     def test_ends_where_the_run_ends(self, folder):
         stream, _, _ = make_stream([folder])
