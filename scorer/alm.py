@@ -16,16 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scorer import files
 from scorer.console import first_line
 from scorer.devices import require_device
+from scorer.engine import Engine, Settings
 from scorer.errors import ConfigurationError
 from scorer.shards import BLOCK_LENGTH
 
@@ -43,6 +45,7 @@ _POSITIONS_COUNT_FROM_PADDING = {
     "xlm-roberta",
     "xlm-roberta-xl",
 }
+_State = tuple[int, int | None, torch.dtype, torch.device]
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
@@ -53,11 +56,38 @@ class BidirectionalALM(nn.Module):
         super().__init__()
         self.left_to_right = left_to_right
         self.right_to_left = right_to_left
+        self._engines: dict[Settings | None, tuple[list[_State], tuple[Engine, Engine]]] = {}
+        self._preparing = threading.Lock()
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def engines(self, settings: Settings | None = None) -> tuple[Engine, Engine]:
+        """Both directions made ready for their device, left to right first; anew only if a weight has changed since."""
+        with self._preparing:
+            state = [_state(tensor) for tensor in (*self.parameters(), *self.buffers())]
+            known, engines = self._engines.get(settings, (None, None))
+            if engines is None or known != state:
+                engines = Engine(self.left_to_right, settings), Engine(self.right_to_left, settings)
+                self._engines[settings] = state, engines
+            return engines
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of the weights, which neither copies nor travels."""
+        return {key: value for key, value in super().__getstate__().items() if key not in ("_engines", "_preparing")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepares anew, when first asked to."""
+        super().__setstate__(state)
+        self._engines, self._preparing = {}, threading.Lock()
+
+
+def _state(tensor: Tensor) -> _State:
+    """What changes when a tensor's values or place do."""
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def load_alm(folder: str, device: str = "cpu", dtype: str | torch.dtype | None = None) -> BidirectionalALM:

@@ -1,0 +1,138 @@
+"""One direction of an ALM, made ready for its device: the body a few blocks at a time, then the head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from scorer.console import first_line
+from scorer.engine.heads import HEADS, plain_projection
+from scorer.engine.packed import can_pack
+from scorer.engine.reference import reference_nll
+from scorer.engine.twin import make_twin, pack
+from scorer.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+_CPU_TOKENS = 512
+"""Of a forward pass on a CPU: its activations then stay in the caches."""
+_CUDA_BLOCKS = 64
+"""Of a forward pass on a GPU: 32,768 tokens, 3 TFLOP a direction, against which the launches do not count."""
+_MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of the packed body's hidden states from the model's own, as a share of the largest."""
+
+Body = Callable[[Tensor], Tensor]
+"""int64 [B, T] to hidden states [B, T, D]."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine computes. The bytes of a shard depend on it, within rounding."""
+
+    head: str
+    """One of `HEADS`."""
+    compiled: bool
+    """Whether torch compiles the body, for one shape of batch; no kernel is chosen by timing."""
+    micro_batch: int
+    """Blocks of a forward pass. 0: as many as have 512 tokens together. On CUDA, fewer are filled up to as many."""
+
+    @classmethod
+    def default(cls, device: torch.device, dtype: torch.dtype) -> Settings:
+        """What measures best on a kind of device."""
+        if device.type == "cuda":
+            return cls(head="chunked", compiled=True, micro_batch=_CUDA_BLOCKS)
+        return cls(head="packed" if can_pack(device, dtype) else "chunked", compiled=False, micro_batch=0)
+
+
+class Engine:
+    """`reference_nll` of one model, fast. The model's weights must stay as they are while it lives."""
+
+    def __init__(self, model: PreTrainedModel, settings: Settings | None = None):
+        """Prepares the body and the head; what is compiled is compiled at the first call.
+
+        Args:
+            model: a causal LM on its device. If its logits are more than a linear layer's, it is scored the plain way.
+            settings: (default: what suits its device).
+
+        Raises:
+            ConfigurationError: the settings do not fit the device.
+        """
+        parameter = next(model.parameters())
+        self.settings = settings or Settings.default(parameter.device, parameter.dtype)
+        if self.settings.head not in HEADS:
+            raise ConfigurationError(f"there is no head {self.settings.head!r}: expected one of {', '.join(HEADS)}")
+        self._model = model
+        self._is_cuda = parameter.device.type == "cuda"
+        projection = plain_projection(model)
+        self.is_fast = projection is not None
+        """Whether the logits are never all there."""
+        if projection is not None:
+            self.head = HEADS[self.settings.head](projection.weight, projection.bias)
+            self.body = _make_body(model, self.settings)
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """NLL of each token.
+
+        Args:
+            input_ids: int64 [B, T] on the model's device, in its reading order.
+
+        Returns:
+            Float32 [B, T] in nats; NaN at position 0, which has no context. NaN or infinite elsewhere only where the
+            model's logits are. A row's values do not depend on the others.
+        """
+        if not input_ids.numel():
+            return torch.empty(input_ids.shape, device=input_ids.device)
+        blocks = self.settings.micro_batch or max(1, _CPU_TOKENS // input_ids.shape[1])
+        return torch.cat([self._pass(ids, blocks) for ids in input_ids.split(blocks)])
+
+    def _pass(self, ids: Tensor, blocks: int) -> Tensor:
+        if not self.is_fast:
+            return reference_nll(self._model, ids)
+        count = len(ids)
+        if self._is_cuda and count < blocks:  # one shape, so one kernel: the same bytes however many come together
+            ids = torch.cat([ids, ids[-1:].expand(blocks - count, -1)])
+        targets = functional.pad(ids[:, 1:], (0, 1))  # the last one has none: any will do
+        nll = self.head(self.body(ids).flatten(0, 1), targets.flatten()).view(ids.shape)
+        return functional.pad(nll[:count, :-1], (1, 0), value=torch.nan)
+
+
+def _make_body(model: PreTrainedModel, settings: Settings) -> Body:
+    parameter = next(model.parameters())
+    twin = make_twin(model)
+    if can_pack(parameter.device, parameter.dtype) and not settings.compiled:
+        try:
+            pack(twin)
+            _require_same(model, twin)
+        except Exception as error:  # whatever a foreign model's code makes of layers that are not its own
+            logger.warning("%s runs on its own layers, which are slower: %s", type(model).__name__, first_line(error))
+            twin = make_twin(model)
+
+    def body(ids: Tensor) -> Tensor:
+        hidden: Tensor = twin(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+    return torch.compile(body, dynamic=False, options={"deterministic": True}) if settings.compiled else body
+
+
+@torch.inference_mode()
+def _require_same(model: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """Tries a twin on a few tokens.
+
+    Raises:
+        ArithmeticError: its hidden states are not the model's.
+    """
+    ids = torch.arange(32).remainder(model.config.vocab_size).view(2, 16)
+    was_training = model.training
+    expected = model.eval().base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    model.train(was_training)
+    found = twin(input_ids=ids, use_cache=False).last_hidden_state.float()
+    difference, largest = (found - expected).abs().max(), expected.abs().max()
+    if difference > _MAX_DIFFERENCE[next(model.parameters()).dtype] * largest:
+        raise ArithmeticError(f"hidden states differ by {difference:.2g}, of {largest:.2g}")

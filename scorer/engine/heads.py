@@ -1,0 +1,156 @@
+"""From hidden states to NLLs without the [tokens, vocabulary] logits: 200 kB of them a token, read several times.
+
+A head takes a rectangle of them at a time, some tokens by some of the vocabulary, small enough to stay in a cache, and
+keeps of each the log-sum-exp and the logit of the token that came next, if it is there:
+
+                 vocabulary ─▶
+    tokens   ┌────────┬────────┬──────┐
+      │      │ ▓ lse  │   lse  │ lse  │   NLL = log-sum-exp of a row's lse − logit of its target (▓)
+      ▼      └────────┴────────┴──────┘
+
+Log-sum-exp is float32 whatever the dtype of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from scorer.engine.packed import PackedLinear, can_pack
+from scorer.errors import ConfigurationError
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""Hidden states [N, D] and the tokens that come next, int64 [N], to NLLs in nats, float32 [N]."""
+MakeHead = Callable[[Tensor, Tensor | None], Head]
+"""Weights [V, D] and bias [V], if any, of the vocabulary projection to a head on their device."""
+
+_PACKED_ROWS, _PACKED_COLUMNS = 512, 1024
+"""2 MB of float32 logits: what a core's cache or the one that two share holds."""
+_PLAIN_ROWS, _PLAIN_COLUMNS = 512, 8192
+_CUDA_ROWS, _CUDA_COLUMNS = 4096, 4096
+"""32 MiB of bfloat16 logits, less than an H200's second-level cache."""
+_ALIGNMENT = 64
+"""Columns, of which a GPU's matrix products want a multiple."""
+
+
+class PackedHead:
+    """On a CPU: oneDNN's product of one chunk of the vocabulary after the other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        """Packs the weights.
+
+        Raises:
+            ConfigurationError: this machine, device or dtype has no such product.
+        """
+        if not can_pack(weight.device, weight.dtype):
+            raise ConfigurationError(
+                f"no packed product of {weight.dtype} on {weight.device}: expected float32, or bfloat16 where the CPU "
+                "has it; take the head 'chunked'"
+            )
+        biases = [None] * len(weight) if bias is None else bias.split(_PACKED_COLUMNS)
+        self._products = [
+            PackedLinear(columns, some) for columns, some in zip(weight.split(_PACKED_COLUMNS), biases, strict=False)
+        ]
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `Head`."""
+        pairs = zip(hidden.split(_PACKED_ROWS), targets.split(_PACKED_ROWS), strict=True)
+        return torch.cat([self._nll(rows, wanted) for rows, wanted in pairs])
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        chunk, column = targets // _PACKED_COLUMNS, targets % _PACKED_COLUMNS
+        normalizers, picked = [], []
+        for product in self._products:
+            logits = product(hidden)
+            # The one fused pass over a row that torch has: x − lse(x). Any column gives lse(x) back.
+            log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            normalizers.append(logits[:, 0].float() - log_softmax[:, 0])
+            picked.append(logits.gather(1, column.clamp(max=logits.shape[1] - 1)[:, None])[:, 0])
+        return _combine(torch.stack(normalizers), torch.stack(picked), chunk)
+
+
+class ChunkedHead:
+    """On any device: the library's matrix product, and what follows compiled into one pass where asked for."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, columns: int, is_compiled: bool):
+        """Pads the vocabulary so that all chunks are alike; what is padded has a bias of -inf."""
+        columns = min(columns, _padded(len(weight), _ALIGNMENT))
+        missing = _padded(len(weight), columns) - len(weight)
+        biases = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
+        self._biases = functional.pad(biases, (0, missing), value=-torch.inf).split(columns)
+        self._weights = functional.pad(weight.detach(), (0, 0, 0, missing)).split(columns)
+        self._rows, self._columns = rows, columns
+        self._reduce = _reduce
+        if is_compiled:
+            self._reduce = torch.compile(_reduce, dynamic=False, options={"deterministic": True})
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `Head`."""
+        pairs = zip(hidden.split(self._rows), targets.split(self._rows), strict=True)
+        return torch.cat([self._nll(rows, wanted) for rows, wanted in pairs])
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        chunk, column = targets // self._columns, targets % self._columns
+        parts = [
+            self._reduce(functional.linear(hidden, weight), bias, column)
+            for weight, bias in zip(self._weights, self._biases, strict=True)
+        ]
+        normalizers, picked = (torch.stack(some) for some in zip(*parts, strict=True))
+        return _combine(normalizers, picked, chunk)
+
+
+def _reduce(logits: Tensor, bias: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row, and its logit in a column of its own."""
+    biased = logits.float() + bias
+    return torch.logsumexp(biased, dim=1), biased.gather(1, column[:, None])[:, 0]
+
+
+def _combine(normalizers: Tensor, picked: Tensor, chunk: Tensor) -> Tensor:
+    """NLL [N] from the log-sum-exp [C, N] of each chunk, the logits [C, N] picked of it, and the target's chunk [N]."""
+    return normalizers.logsumexp(dim=0) - picked.gather(0, chunk[None])[0].float()
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _chunked(weight: Tensor, bias: Tensor | None) -> Head:
+    """Rectangles that stay in a cache."""
+    if weight.device.type == "cuda":
+        return ChunkedHead(weight, bias, _CUDA_ROWS, _CUDA_COLUMNS, is_compiled=True)
+    return ChunkedHead(weight, bias, _PLAIN_ROWS, _PLAIN_COLUMNS, is_compiled=False)
+
+
+def _in_rows(weight: Tensor, bias: Tensor | None) -> Head:
+    """All logits of some tokens: fewer and larger products."""
+    return ChunkedHead(weight, bias, _CUDA_ROWS, len(weight), is_compiled=weight.device.type == "cuda")
+
+
+HEADS: dict[str, MakeHead] = {"packed": PackedHead, "chunked": _chunked, "rows": _in_rows}
+
+
+def plain_projection(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer of a causal LM whose logits are nothing but that layer on its body's last hidden states.
+
+    Found out by trying: the same product of the same numbers gives the same bits. None for models that scale, cap or
+    otherwise change their logits; those are scored the plain way.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    ids = torch.arange(16, device=head.weight.device).remainder(model.config.vocab_size)[None]
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            same = torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+    except (AttributeError, RuntimeError, TypeError):  # a body that gives something else
+        return None
+    finally:
+        model.train(was_training)
+    return head if same else None
