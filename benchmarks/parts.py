@@ -35,8 +35,13 @@ class Parts:
         self._minutes = minutes
         self._deadline = time.monotonic() + 60 * minutes
         self._paths = [output] if output else []
-        if "OUT" in os.environ:
-            self._paths.append(Path(os.environ["OUT"]) / f"{name}.md")
+        if path := self.out(f"{name}.md"):
+            self._paths.append(path)
+
+    @staticmethod
+    def out(name: str) -> Path | None:
+        """A file of `$OUT`, where there is that variable."""
+        return Path(os.environ["OUT"]) / name if "OUT" in os.environ else None
 
     def attempt(self, what: str, function: Callable[[], T]) -> T | None:
         """Runs a part if there is time left; if it fails, says so, and the others go on."""

@@ -15,13 +15,23 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from benchmarks.interleaved import Sample, Table, interleave, median, timed
+from benchmarks.interleaved import Table, interleave, median, timed
 from benchmarks.parts import Parts
-from benchmarks.scoring_sides import HEAD_WIDTH, OURS, TINY, USUAL, Shape, build_model, in_both_directions, make_blocks
-from scorer.alm import BidirectionalALM
-from scorer.engine import Settings
-from scorer.scoring import score_nll
+from benchmarks.scoring_sides import (
+    HEAD_WIDTH,
+    OURS,
+    TINY,
+    USUAL,
+    Case,
+    Direction,
+    Shape,
+    build_model,
+    in_both_directions,
+    make_blocks,
+)
+from scorer.engine import Engine, Settings
 
 FACTORS = {
     "micro_batch": "blocks at once",
@@ -97,54 +107,44 @@ def places(shape: Shape, device_type: str) -> Iterator[Place]:
                 yield Place(factor, value, replace(shape, **{factor: value}), blocks)
 
 
-def measure_growth(
-    parts: Parts, shape: Shape, device: torch.device, dtype: torch.dtype, peak: float, usual: str
-) -> Iterator[Point]:
+def measure_growth(parts: Parts, case: Case, peak: float, usual: str) -> Iterator[Point]:
     """Points as they are measured.
 
     Args:
         parts: names what fails.
-        shape: the default, around which one factor changes.
-        device: of the models.
-        dtype: of the models.
+        case: the default, around which one factor changes.
         peak: FLOP/s of the best matrix product.
         usual: the usual loop to compare with; not a compiled one, which would be compiled at every place.
     """
-    for place in places(shape, device.type):
-        yield from parts.attempt(str(place), partial(_measure, parts, place, device, dtype, peak, usual)) or []
+    for place in places(case.shape, case.device.type):
+        here = replace(case, shape=place.shape)
+        for side, seconds in (parts.attempt(str(place), partial(_measure, parts, place, here, usual)) or {}).items():
+            rate, flops = place.blocks * place.shape.block_length / seconds, 2 * place.shape.flops()
+            yield Point(place.factor, place.value, side, rate, rate * flops / peak, peak / flops)
 
 
-def _measure(
-    parts: Parts, place: Place, device: torch.device, dtype: torch.dtype, peak: float, usual: str
-) -> list[Point]:
+def _measure(parts: Parts, place: Place, case: Case, usual: str) -> dict[str, float]:
+    """Seconds of both directions, by side."""
     torch._dynamo.reset()  # what was compiled for other shapes is of no use here
-    model = build_model(place.shape, seed=1).to(device, dtype)  # one for both directions: they cost the same
-    ids = make_blocks(place.shape, place.blocks, device)
-    settings = Settings.default(device, dtype)
-    if device.type == "cuda":
-        settings = replace(settings, micro_batch=place.blocks)
-    runs: dict[str, Callable[[], object]] = {
-        OURS: partial(score_nll, BidirectionalALM(model, model), ids, settings),
+    model = build_model(case.shape, seed=1).to(case.device, case.dtype)  # one for both directions: they cost the same
+    ids = make_blocks(case, place.blocks)
+    settings = Settings.default(case.device, case.dtype)
+    makers: dict[str, Callable[[], Direction]] = {
+        OURS: lambda: Engine(model, replace(settings, micro_batch=place.blocks) if case.is_gpu else settings)
     }
-    if ids.numel() * place.shape.vocabulary * _BYTES_PER_LOGIT <= _MOST_BYTES[device.type]:
-        direction = USUAL[usual].direction(model, "default")
-        runs[usual] = partial(in_both_directions, direction, direction, ids)
-    points = []
-    for side, run in runs.items():
-        seconds = parts.attempt(f"{place}, {side}", partial(_seconds, run, device))
-        if seconds is not None:
-            rate = ids.numel() / seconds
-            flops = 2 * place.shape.flops()
-            points.append(Point(place.factor, place.value, side, rate, rate * flops / peak, peak / flops))
-    return points
+    if ids.numel() * case.shape.vocabulary * _BYTES_PER_LOGIT <= _MOST_BYTES[case.device.type]:
+        makers[usual] = lambda: USUAL[usual].direction(model, "default")
+    found = {side: parts.attempt(f"{place}, {side}", partial(_seconds, make, ids)) for side, make in makers.items()}
+    return {side: seconds for side, seconds in found.items() if seconds is not None}
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _seconds(make: Callable[[], Direction], ids: Tensor) -> float:
     """The median of as many turns as find time, after two to warm up."""
+    direction = make()
+    run = partial(timed, partial(in_both_directions, direction, direction, ids), ids.device)
     run()
-    first: Sample = timed(run, device)
-    turns = min(_MOST_TURNS, max(1, round(_POINT_SECONDS[device.type] / first.seconds)))
-    return median(interleave({"run": partial(timed, run, device)}, turns, warmups=0)["run"])
+    turns = min(_MOST_TURNS, max(1, round(_POINT_SECONDS[ids.device.type] / run().seconds)))
+    return median(interleave({"run": run}, turns, warmups=0)["run"])
 
 
 def to_table(points: Sequence[Point], title: str) -> Table:

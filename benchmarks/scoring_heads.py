@@ -13,12 +13,13 @@ from torch.nn import functional
 from benchmarks.gemm import Gemm
 from benchmarks.interleaved import Sample, Table, interleave, median, timed
 from benchmarks.parts import Parts
-from benchmarks.scoring_sides import FIRST_ORDINARY_ID, Shape, build_model
-from scorer.engine.heads import HEADS
+from benchmarks.scoring_sides import FIRST_ORDINARY_ID, Case, build_model
+from scorer.engine.heads import HEADS, Head, MakeHead
+from scorer.errors import HardnessError
 
-Head = Callable[[Tensor, Tensor], Tensor]
-"""Hidden states [N, D] and targets int64 [N] to NLLs [N] in nats."""
 CHECKED_ROWS = 512
+_MAX_ERROR = 1.0
+"""In nats: what is further off computes something else."""
 ALL_LOGITS = "all logits, cross_entropy"
 
 
@@ -87,6 +88,8 @@ def _quack(weight: Tensor) -> Head:
 CUT_CROSS_ENTROPY = "cut_cross_entropy"
 LIGER = "Liger, fused linear cross entropy"
 LIGER_PER_TOKEN = "Liger, fused scaled cross entropy"
+BOUNDING_PEERS = (CUT_CROSS_ENTROPY, LIGER, LIGER_PER_TOKEN)
+"""No slower than these our fastest head is to be on a GPU."""
 PEERS: dict[str, Callable[[Tensor], Head]] = {
     ALL_LOGITS: _all_logits,
     "torch linear_cross_entropy, chunked": _torch_chunked,
@@ -118,67 +121,83 @@ class Task:
 
 
 @torch.inference_mode()
-def make_task(shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype) -> Task:
+def make_task(case: Case, blocks: int) -> Task:
     """Random hidden states and targets of so many blocks, and a model's head."""
+    shape, place = case.shape, (case.device, case.dtype)
     count = blocks * shape.block_length
-    weight = build_model(shape, seed=1).lm_head.weight.to(device, dtype)
+    weight = build_model(shape, seed=1).lm_head.weight.to(*place)
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(count, shape.width, generator=generator).to(device, dtype)
-    targets = torch.randint(FIRST_ORDINARY_ID, shape.vocabulary, (count,), generator=generator).to(device)
+    hidden = torch.randn(count, shape.width, generator=generator).to(*place)
+    targets = torch.randint(FIRST_ORDINARY_ID, shape.vocabulary, (count,), generator=generator).to(case.device)
     logits = hidden[:CHECKED_ROWS].double() @ weight.double().t()
     return Task(hidden, targets, weight, functional.cross_entropy(logits, targets[:CHECKED_ROWS], reduction="none"))
 
 
+@dataclass(frozen=True)
+class Started:
+    """A head that works."""
+
+    head: Head
+    errors: Tensor
+    """Float64 [CHECKED_ROWS] or fewer, absolute."""
+    peak_extra_bytes: int | None
+
+
 def measure_heads(parts: Parts, task: Task, peak: float, turns: int) -> list[HeadOutcome]:
     """All heads that are there and work, turn by turn; those that do not are named."""
-    makers = {name: partial(make, bias=None) for name, make in HEADS.items()} | PEERS
-    heads: dict[str, Head] = {}
-    extra: dict[str, int | None] = {}
-    errors: dict[str, Tensor] = {}
-    for name, make in makers.items():
-        started = parts.attempt(f"head {name}", partial(_start, make, task))
-        if started is not None:
-            heads[name], errors[name], extra[name] = started
-    runs = {name: partial(_run, head, task) for name, head in heads.items()}
-    samples = interleave(runs, turns)
-    outcomes = []
-    for name, head_samples in samples.items():
-        seconds = median(head_samples)
-        outcomes.append(
-            HeadOutcome(
-                head=name,
-                is_ours=name in HEADS,
-                rows=len(task.hidden),
-                seconds=seconds,
-                tokens_per_second=len(task.hidden) / seconds,
-                mfu=task.gemm.flops / seconds / peak,
-                nll_mean_error=float(errors[name].mean()),
-                nll_max_error=float(errors[name].max()),
-                peak_extra_bytes=extra[name],
-            )
+    makers = {name: partial(_own, make) for name, make in HEADS.items()} | PEERS
+    started: dict[str, Started] = {}
+    absent = []
+    for name, maker in makers.items():
+        try:
+            found = parts.attempt(f"head {name}", partial(_start, maker(task.weight), task))
+        except ModuleNotFoundError:
+            absent.append(name)
+        except (AttributeError, ImportError, HardnessError) as error:
+            parts.note(f"head {name} left out: {error}")
+        else:
+            started |= {name: found} if found else {}
+    if absent:
+        parts.note(f"Absent here: {'; '.join(absent)}.")
+    runs = {name: partial(_run, one.head, task) for name, one in started.items()}
+    return [
+        HeadOutcome(
+            head=name,
+            is_ours=name in HEADS,
+            rows=len(task.hidden),
+            seconds=median(samples),
+            tokens_per_second=len(task.hidden) / median(samples),
+            mfu=task.gemm.flops / median(samples) / peak,
+            nll_mean_error=float(started[name].errors.mean()),
+            nll_max_error=float(started[name].errors.max()),
+            peak_extra_bytes=started[name].peak_extra_bytes,
         )
-    return outcomes
+        for name, samples in interleave(runs, turns).items()
+    ]
+
+
+def _own(make: MakeHead, weight: Tensor) -> Head:
+    return make(weight, None)
 
 
 @torch.inference_mode()
-def _start(make: Callable[[Tensor], Head], task: Task) -> tuple[Head, Tensor, int | None]:
-    """A head after two calls: itself, its absolute errors, and its peak of memory.
+def _start(head: Head, task: Task) -> Started:
+    """Calls a head twice: for its errors, and for its peak of memory.
 
     Raises:
         ArithmeticError: it is not the same function.
     """
-    head = make(task.weight)
     errors = (head(task.hidden, task.targets)[: len(task.expected)].double() - task.expected).abs()
-    if not bool(errors.max() < 1.0):
+    if not bool(errors.max() < _MAX_ERROR):
         raise ArithmeticError(f"off by up to {float(errors.max()):.3g} nats")
     if task.hidden.device.type != "cuda":
-        return head, errors, None
+        return Started(head, errors, None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     resident = torch.cuda.memory_allocated()
     head(task.hidden, task.targets)
     torch.cuda.synchronize()
-    return head, errors, torch.cuda.max_memory_allocated() - resident
+    return Started(head, errors, torch.cuda.max_memory_allocated() - resident)
 
 
 @torch.inference_mode()

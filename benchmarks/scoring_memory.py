@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.interleaved import Table
-from benchmarks.scoring_sides import Score, Shape, build_alm, make_blocks, make_side
+from benchmarks.scoring_sides import Case, Score, Shape, build_alm, make_blocks, make_side
 
 MODULE = "benchmarks.scoring_memory"
 PROCESS = Path("/proc/self")
@@ -86,27 +86,27 @@ def on_gpu(side: str, score: Score, ids: Tensor, loaded: int) -> Memory:
     return Memory(side, len(ids), resident, max(0, resident - loaded), extra)
 
 
-def in_own_process(side: str, shape: Shape, dtype: str, blocks: int) -> Memory:
+def in_own_process(side: str, case: Case, blocks: int) -> Memory:
     """Measures a side on the CPU.
 
     Raises:
         RuntimeError: the process failed.
     """
-    words = ["--side", side, "--shape", json.dumps(asdict(shape)), "--dtype", dtype, "--blocks", str(blocks)]
+    dtype = str(case.dtype).removeprefix("torch.")
+    words = ["--side", side, "--shape", json.dumps(asdict(case.shape)), "--dtype", dtype, "--blocks", str(blocks)]
     done = subprocess.run([sys.executable, "-m", MODULE, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(side: str, shape: Shape, dtype: torch.dtype, blocks: int) -> Memory:
+def measure(side: str, case: Case, blocks: int) -> Memory:
     """Loads, prepares, and scores one batch, on the CPU."""
-    device = torch.device("cpu")
-    score = make_side(side, build_alm(shape, device, dtype))
+    score = make_side(side, build_alm(case))
     loaded = read_status("VmRSS", (PROCESS / "status").read_text())
-    score(make_blocks(shape, 1, device)[:, :_WARM_UP_TOKENS])
-    score(make_blocks(shape, 1, device))
-    ids = make_blocks(shape, blocks, device)
+    score(make_blocks(case, 1)[:, :_WARM_UP_TOKENS])
+    score(make_blocks(case, 1))
+    ids = make_blocks(case, blocks)
     resident, extra = on_cpu(lambda: score(ids))
     return Memory(side, blocks, resident, max(0, resident - loaded), extra)
 
@@ -135,7 +135,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--blocks", type=int, default=8)
     flags = parser.parse_args(list(arguments))
-    print(json.dumps(asdict(measure(flags.side, Shape(**flags.shape), getattr(torch, flags.dtype), flags.blocks))))
+    case = Case(Shape(**flags.shape), torch.device("cpu"), getattr(torch, flags.dtype))
+    print(json.dumps(asdict(measure(flags.side, case, flags.blocks))))
     return 0
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.interleaved import Table
-from benchmarks.scoring_sides import Nll, Shape, build_alm, in_both_directions
+from benchmarks.scoring_sides import Case, Nll, Shape, build_alm, in_both_directions
 from scorer.scoring import MAX_NLL, to_perplexity
 from trainer.masking import probabilities
 
@@ -46,7 +46,7 @@ class Precision:
 @torch.inference_mode()
 def exact_nll(shape: Shape, ids: Tensor) -> Nll:
     """Float64 from the first product to the last: NLLs [B, T] of the float32 weights, whatever a side's dtype."""
-    alm = build_alm(shape, ids.device, torch.float64)
+    alm = build_alm(Case(shape, ids.device, torch.float64))
     directions = [partial(_exact_direction, model) for model in (alm.left_to_right, alm.right_to_left)]
     return in_both_directions(*directions, ids)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 
@@ -14,6 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from scorer.alm import BidirectionalALM
 from scorer.engine import Engine, Settings
+from scorer.engine.heads import HEADS
+from scorer.errors import ConfigurationError
 from scorer.scoring import score_nll
 
 OURS = "ours"
@@ -69,6 +73,20 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class Case:
+    """A model, and where and how it computes."""
+
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether a GPU does the work."""
+        return self.device.type == "cuda"
+
+
 TINY = Shape(layers=2, width=64, heads=2, vocabulary=2000, block_length=64)
 """For trying the benchmark itself."""
 
@@ -82,16 +100,18 @@ def build_model(shape: Shape, seed: int) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def build_alm(shape: Shape, device: torch.device, dtype: torch.dtype) -> BidirectionalALM:
+def build_alm(case: Case) -> BidirectionalALM:
     """The same weights for every device and dtype."""
-    return BidirectionalALM(build_model(shape, seed=1), build_model(shape, seed=2)).to(device, dtype)
+    models = (build_model(case.shape, seed) for seed in (1, 2))
+    return BidirectionalALM(*models).to(case.device, case.dtype)
 
 
-def make_blocks(shape: Shape, blocks: int, device: torch.device, seed: int = 0) -> Tensor:
+def make_blocks(case: Case, blocks: int) -> Tensor:
     """Random ordinary ids, int64 [B, T]."""
-    generator = torch.Generator().manual_seed(seed)
+    shape = case.shape
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(FIRST_ORDINARY_ID, shape.vocabulary, (blocks, shape.block_length), generator=generator)
-    return ids.to(device)
+    return ids.to(case.device)
 
 
 # --- The usual loops
@@ -175,9 +195,36 @@ def on_two_streams(forward: Direction, backward: Direction, streams: Sequence[to
     return results[0], results[1]
 
 
-def make_variant(alm: BidirectionalALM, settings: Settings, has_two_streams: bool = False) -> Score:
-    """The engine with settings of its own, without score_nll's checks."""
-    engines = [Engine(model, settings) for model in (alm.left_to_right, alm.right_to_left)]
+def make_engines(alm: BidirectionalALM, head: str, compiled: bool, micro_batch: int) -> list[Engine]:
+    """One a direction, left to right first."""
+    settings = Settings(head, compiled, micro_batch)
+    return [Engine(model, settings) for model in (alm.left_to_right, alm.right_to_left)]
+
+
+def with_head(engine: Engine, model: PreTrainedModel, head: str) -> Engine:
+    """The same engine with another head: its body is prepared, and compiled if so, but once."""
+    other = copy(engine)
+    projection = model.get_output_embeddings()
+    other.head = HEADS[head](projection.weight, projection.bias)
+    other.settings = replace(engine.settings, head=head)
+    return other
+
+
+def make_variant(alm: BidirectionalALM, engines: Sequence[Engine], head: str, has_two_streams: bool = False) -> Score:
+    """Engines of both directions with a head, without score_nll's look at the result."""
+    models = (alm.left_to_right, alm.right_to_left)
+    directions = [with_head(engine, model, head) for engine, model in zip(engines, models, strict=True)]
     if has_two_streams:
-        return partial(on_two_streams, *engines, [torch.cuda.Stream() for _ in engines])
-    return partial(in_both_directions, *engines)
+        return partial(on_two_streams, *directions, [torch.cuda.Stream() for _ in directions])
+    return partial(in_both_directions, *directions)
+
+
+def usable_heads(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those of the engine's heads that this device can do."""
+    weight = torch.zeros(256, 64, device=device, dtype=dtype)
+    usable = []
+    for name, make in HEADS.items():
+        with suppress(ConfigurationError):
+            make(weight, None)
+            usable.append(name)
+    return usable
