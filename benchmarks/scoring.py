@@ -184,8 +184,8 @@ class Benchmark:
             found = self._parts.attempt(f"variants, micro-batch {micro_batch}", partial(self._vary, micro_batch))
             self._variants += found or []
             self._save()
-        if self._variants:
-            best = max(self._variants, key=lambda outcome: outcome.tokens_per_second)
+        if own := [outcome for outcome in self._variants if outcome.settings]:
+            best = max(own, key=lambda outcome: outcome.tokens_per_second)
             self._parts.note(
                 f"The fastest variant is {best.side} at {best.blocks} blocks: {best.tokens_per_second:,.0f} tokens/s, "
                 f"MFU {100 * best.mfu:.1f} %."

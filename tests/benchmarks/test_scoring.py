@@ -133,7 +133,7 @@ def test_peak_is_that_of_the_call_alone(tmp_path):
 def test_a_tensor_of_64_mib_shows_in_the_peak_though_it_is_gone():
     size = 64 * 2**20
     _, extra = on_cpu(lambda: torch.ones(size, dtype=torch.uint8).max())
-    assert size <= extra < 2 * size
+    assert 0.95 * size < extra < 1.5 * size  # the kernel counts pages in batches
 
 
 def test_growth_changes_one_factor_at_a_time():
