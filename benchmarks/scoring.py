@@ -14,6 +14,9 @@ torch's functions; these take turns with the sides.
 The ALM is the paper's (6 layers, 512 dimensions, vocabulary 50,265). Its weights are random, the head's such that
 logits have a standard deviation of 3; ids are random too, so NLLs are larger than a trained ALM's, 15 nats.
 
+On a CPU set THP_MEM_ALLOC_ENABLE=1 as make does, without which all logits at once are page faults, and
+OMP_WAIT_POLICY=PASSIVE, without which threads that wait for a core count as CPU time.
+
 What fails or finds no time is named. What is done is written after each part: to `--output`, its figures as JSON
 beside it, and to `$OUT/scoring.md` and `.json` where there is that variable. On a CPU a missed bound is exit code 1.
 """
@@ -166,7 +169,7 @@ class Benchmark:
         has_ours = not default.compiled or case.dtype == self._case.dtype
         made = [Candidate(name, partial(make_side, name, alm)) for name in ([OURS] if has_ours else []) + [*PLAIN]]
         engines = make_engines(alm, default.head, False, default.micro_batch)
-        for head in usable_heads(case.device, case.dtype):
+        for head in usable_heads(case):
             if head != default.head or not has_ours:
                 made.append(Candidate(f"ours, head {head}", partial(make_variant, alm, engines, head)))
         return made
@@ -199,7 +202,7 @@ class Benchmark:
         made = []
         for compiled in (True, False) if self._flags.compiled else (False,):
             engines = make_engines(alm, default.head, compiled, micro_batch)
-            for head in usable_heads(self._case.device, self._case.dtype):
+            for head in usable_heads(self._case):
                 settings = Settings(head, compiled, micro_batch)
                 name = f"head {head}{', compiled' if compiled else ''}"
                 made.append(Candidate(name, partial(make_variant, alm, engines, head), settings))

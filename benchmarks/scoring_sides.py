@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from scorer.alm import BidirectionalALM
 from scorer.engine import Engine, Settings
 from scorer.engine.heads import HEADS
-from scorer.errors import ConfigurationError
 from scorer.scoring import score_nll
 
 OURS = "ours"
@@ -219,12 +218,12 @@ def make_variant(alm: BidirectionalALM, engines: Sequence[Engine], head: str, ha
     return partial(in_both_directions, *directions)
 
 
-def usable_heads(device: torch.device, dtype: torch.dtype) -> list[str]:
+def usable_heads(case: Case) -> list[str]:
     """Those of the engine's heads that this device can do."""
-    weight = torch.zeros(256, 64, device=device, dtype=dtype)
+    weight = torch.zeros(256, case.shape.width, device=case.device, dtype=case.dtype)
     usable = []
     for name, make in HEADS.items():
-        with suppress(ConfigurationError):
+        with suppress(Exception):  # the part on heads names it; nothing else is to fail for it
             make(weight, None)
             usable.append(name)
     return usable
