@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,14 +14,18 @@ from transformers.utils.logging import disable_progress_bar
 from pipeline.shard_making import FillRows, Rows
 from pipeline.tokenization import Ids
 from scorer.alm import load_alm
+from scorer.device_queue import DeviceQueue
 from scorer.devices import claim_device
-from scorer.scoring import MAX_NLL, score_nll, to_perplexity
+from scorer.scoring import MAX_NLL, to_perplexity
 from scorer.shards import ShardContent, round_mantissa
 from scorer.vocabulary import Vocabulary
 
 Nll = npt.NDArray[np.float32]
 ScoreBlocks = Callable[[Ids], tuple[Nll, Nll]]
-"""Blocks [B, 512] to the NLL of each token in nats, forward and backward: float32 [B, 512], NaN where there is none."""
+"""Blocks [N, 512] to the NLL of each token in nats, forward and backward: float32 [N, 512], NaN where there is none.
+
+Any number of blocks comes at a time, and from several threads.
+"""
 
 
 class Scorer(Protocol):
@@ -42,7 +45,7 @@ class Scorer(Protocol):
 
     @property
     def micro_batch(self) -> int:
-        """Blocks that are scored at a time."""
+        """Blocks of a forward pass, for the footer."""
 
     def open(self) -> ScoreBlocks:
         """Loads what scoring needs; claims the device."""
@@ -69,12 +72,7 @@ class AlmScorer:
         """Loads the ALM on a device of its own; never falls back to another one."""
         disable_progress_bar()  # of the weights' loading: one a direction and worker
         alm = load_alm(self.folder, claim_device(self.device_name), self.dtype)
-
-        def score(ids: Ids) -> tuple[Nll, Nll]:
-            forward, backward = score_nll(alm, torch.from_numpy(ids.astype(np.int64)))
-            return forward.cpu().numpy(), backward.cpu().numpy()
-
-        return score
+        return DeviceQueue(alm, self.micro_batch).score
 
 
 @dataclass(frozen=True)
@@ -89,37 +87,29 @@ class Scoring:
     def open(self) -> FillRows:
         """Opens the scorer."""
         score = self.scorer.open()
-        one_at_a_time = threading.Lock()
-
-        def fill(ids: Ids) -> Rows:
-            # While one thread of the worker scores, the others read, tokenize and write.
-            with one_at_a_time:
-                return score_rows(score, ids, self.vocabulary, self.scorer.micro_batch, self.mantissa_bits)
-
-        return fill
+        return lambda ids: score_rows(score, ids, self.vocabulary, self.mantissa_bits)
 
 
-def score_rows(score: ScoreBlocks, ids: Ids, vocabulary: Vocabulary, micro_batch: int, mantissa_bits: int) -> Rows:
+def score_rows(score: ScoreBlocks, ids: Ids, vocabulary: Vocabulary, mantissa_bits: int) -> Rows:
     """Perplexities of blocks, rounded for storage; 0 at every special token, whichever direction.
 
     Args:
         score: gives NLLs.
         ids: uint16 or uint32 [N, 512].
         vocabulary: says which ids are special.
-        micro_batch: blocks a call of `score`.
         mantissa_bits: of the stored perplexities.
 
     Source: paper Eq. (1) and (2).
     """
     is_special = vocabulary.special_mask()[ids]
-    perplexities: list[npt.NDArray[np.float32]] = [np.empty(ids.shape, dtype=np.float32) for _ in range(2)]
-    clamped = 0
-    for start in range(0, len(ids), micro_batch):
-        rows = slice(start, start + micro_batch)
-        for scores, nll in zip(perplexities, score(ids[rows]), strict=True):
-            clamped += int(np.count_nonzero((nll > MAX_NLL) & ~is_special[rows]))
-            scores[rows] = to_perplexity(torch.from_numpy(nll)).numpy()
-    for scores in perplexities:
-        scores[is_special] = 0.0
-    forward, backward = (round_mantissa(scores, mantissa_bits) for scores in perplexities)
+    nlls = score(ids)
+    clamped = sum(int(np.count_nonzero((nll > MAX_NLL) & ~is_special)) for nll in nlls)
+    forward, backward = (_perplexities(nll, is_special, mantissa_bits) for nll in nlls)
     return Rows(ShardContent(ids, forward, backward), clamped)
+
+
+def _perplexities(nll: Nll, is_special: npt.NDArray[np.bool_], mantissa_bits: int) -> Nll:
+    """As they are stored."""
+    perplexities = to_perplexity(torch.from_numpy(nll)).numpy()
+    perplexities[is_special] = 0.0
+    return round_mantissa(perplexities, mantissa_bits)

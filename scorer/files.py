@@ -20,13 +20,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from scorer.compression import Compression, decompressed
 from scorer.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from scorer.compression import Compression
 
 _CHUNK_BYTES = 1 << 20
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
@@ -140,7 +142,11 @@ def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
     """
     filesystem, stripped = _resolve(path)
     stream = cast(BinaryIO, filesystem.open(stripped, "rb"))
-    return stream if compression is None else decompressed(stream, compression)
+    if compression is None:
+        return stream
+    from scorer.compression import decompressed  # noqa: PLC0415  (a machine that only scores or trains may lack it)
+
+    return decompressed(stream, compression)
 
 
 def read_bytes(path: str) -> bytes:

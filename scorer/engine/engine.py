@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from scorer.console import first_line
+from scorer.engine.compilation import compiled
 from scorer.engine.heads import HEADS, plain_projection
 from scorer.engine.packed import can_pack
 from scorer.engine.reference import reference_nll
@@ -73,8 +74,10 @@ class Engine:
         self.is_fast = projection is not None
         """Whether the logits are never all there."""
         if projection is not None:
-            self.head = HEADS[self.settings.head](projection.weight, projection.bias)
-            self.body = _make_body(model, self.settings)
+            # Entered by whoever calls a part by itself, too.
+            without_gradients = torch.inference_mode()
+            self.head = without_gradients(HEADS[self.settings.head](projection.weight, projection.bias))
+            self.body = without_gradients(_make_body(model, self.settings))
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def _make_body(model: PreTrainedModel, settings: Settings) -> Body:
         hidden: Tensor = twin(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
-    return torch.compile(body, dynamic=False, options={"deterministic": True}) if settings.compiled else body
+    return compiled(body) if settings.compiled else body
 
 
 @torch.inference_mode()

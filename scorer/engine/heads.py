@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from scorer.engine.compilation import compiled
 from scorer.engine.packed import PackedLinear, can_pack
 from scorer.errors import ConfigurationError
 
@@ -84,19 +85,21 @@ class ChunkedHead:
         self._biases = functional.pad(biases, (0, missing), value=-torch.inf).split(columns)
         self._weights = functional.pad(weight.detach(), (0, 0, 0, missing)).split(columns)
         self._rows, self._columns = rows, columns
-        self._reduce = _reduce
-        if is_compiled:
-            self._reduce = torch.compile(_reduce, dynamic=False, options={"deterministic": True})
+        # As one graph, for one number of tokens: launched piece by piece, the launches would take longer than the work.
+        self._compute = compiled(self._nlls) if is_compiled else self._nlls
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See `Head`."""
+        return self._compute(hidden, targets)
+
+    def _nlls(self, hidden: Tensor, targets: Tensor) -> Tensor:
         pairs = zip(hidden.split(self._rows), targets.split(self._rows), strict=True)
         return torch.cat([self._nll(rows, wanted) for rows, wanted in pairs])
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         chunk, column = targets // self._columns, targets % self._columns
         parts = [
-            self._reduce(functional.linear(hidden, weight), bias, column)
+            _reduce(functional.linear(hidden, weight), bias, column)
             for weight, bias in zip(self._weights, self._biases, strict=True)
         ]
         normalizers, picked = (torch.stack(some) for some in zip(*parts, strict=True))
@@ -127,7 +130,8 @@ def _chunked(weight: Tensor, bias: Tensor | None) -> Head:
 
 def _in_rows(weight: Tensor, bias: Tensor | None) -> Head:
     """All logits of some tokens: fewer and larger products."""
-    return ChunkedHead(weight, bias, _CUDA_ROWS, len(weight), is_compiled=weight.device.type == "cuda")
+    columns = _padded(len(weight), _ALIGNMENT)
+    return ChunkedHead(weight, bias, _CUDA_ROWS, columns, is_compiled=weight.device.type == "cuda")
 
 
 HEADS: dict[str, MakeHead] = {"packed": PackedHead, "chunked": _chunked, "rows": _in_rows}

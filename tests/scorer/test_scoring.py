@@ -237,7 +237,7 @@ class TestScoreRows:
         def nlls(batch):
             return [nll.numpy() for nll in score_nll(alm, torch.from_numpy(batch.astype(np.int64)))]
 
-        return score_rows(nlls, ids.numpy().astype(np.uint16), self.VOCABULARY, micro_batch, mantissa_bits=23)
+        return score_rows(nlls, ids.numpy().astype(np.uint16), self.VOCABULARY, mantissa_bits=23)
 
     @pytest.mark.parametrize("micro_batch", [1, 2, 8])
     def test_is_score_with_special_tokens_at_0(self, micro_batch):
