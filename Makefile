@@ -10,7 +10,7 @@ required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-faults lint format clean
-.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain sweep simulate replay
+.PHONY: tokenize-corpus train-alm score-corpus status verify pretrain sweep simulate replay bench-scoring
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,3 +87,6 @@ simulate: .venv/.installed  ## SHARDS=… [ALPHAS='inf 0.001 0']
 replay: .venv/.installed  ## SHARDS=… ALPHA=0.001
 	$(call required,SHARDS)
 	$(PY) -m trainer.replay --shards $(SHARDS) $(if $(ALPHA),--alpha $(ALPHA)) $(ARGS)
+
+bench-scoring: .venv/.installed  ## scoring against the usual loops and the best matrix product (minutes)
+	$(PY) -m benchmarks.scoring $(ARGS)

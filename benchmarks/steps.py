@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
-from benchmarks.interleaved import Sample
+from benchmarks.interleaved import Sample, timed
 from trainer.head import on_masked_positions
 from trainer.masking import IGNORED_LABEL, budget
 
@@ -102,16 +101,7 @@ class Setting:
 
     def timed(self, function: Callable[[], object]) -> Sample:
         """Runs a function; on a GPU, seconds are between device events before and after."""
-        cpu_began, began = time.process_time(), time.perf_counter()
-        if not self.is_gpu:
-            function()
-            return Sample(time.perf_counter() - began, time.process_time() - cpu_began)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return Sample(start.elapsed_time(end) / 1e3, time.process_time() - cpu_began)
+        return timed(function, self.device)
 
 
 class Steps:
