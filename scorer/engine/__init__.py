@@ -1,0 +1,1 @@
+"""Parts of scoring that are written for speed."""
