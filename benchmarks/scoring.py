@@ -56,6 +56,7 @@ from benchmarks.scoring_sides import (
 from benchmarks.scoring_timing import Candidate, Outcome, Timing, to_table
 from scorer.engine import Settings
 from scorer.engine.heads import HEADS
+from scorer.scoring import score_nll
 
 MODULE = "benchmarks.scoring"
 PARTS = ("sides", "memory", "precision", "heads", "variants", "growth")
@@ -168,10 +169,13 @@ class Benchmark:
         default = Settings.default(case.device, case.dtype)
         has_ours = not default.compiled or case.dtype == self._case.dtype
         made = [Candidate(name, partial(make_side, name, alm)) for name in ([OURS] if has_ours else []) + [*PLAIN]]
-        engines = make_engines(alm, default.head, False, default.micro_batch)
+        engines = make_engines(alm, Settings(default.head, False, default.micro_batch))
         for head in usable_heads(case):
             if head != default.head or not has_ours:
                 made.append(Candidate(f"ours, head {head}", partial(make_variant, alm, engines, head)))
+        if case.dtype == torch.bfloat16:
+            in_8_bits = Settings(default.head, False, default.micro_batch, float8=True)
+            made.append(Candidate("ours, layers in 8 bits", partial(partial, score_nll, alm, settings=in_8_bits)))
         return made
 
     def _measure_heads(self) -> None:
@@ -201,7 +205,7 @@ class Benchmark:
         default = Settings.default(self._case.device, self._case.dtype)
         made = []
         for compiled in (True, False) if self._flags.compiled else (False,):
-            engines = make_engines(alm, default.head, compiled, micro_batch)
+            engines = make_engines(alm, Settings(default.head, compiled, micro_batch))
             for head in usable_heads(self._case):
                 settings = Settings(head, compiled, micro_batch)
                 name = f"head {head}{', compiled' if compiled else ''}"
@@ -209,6 +213,10 @@ class Benchmark:
                 if self._case.is_gpu:
                     in_two = partial(make_variant, alm, engines, head, has_two_streams=True)
                     made.append(Candidate(f"{name}, two streams", in_two, settings))
+            if self._case.dtype == torch.bfloat16:
+                in_8_bits = Settings(default.head, compiled, micro_batch, float8=True)
+                name = f"head {default.head}{', compiled' if compiled else ''}, layers in 8 bits"
+                made.append(Candidate(name, partial(partial, score_nll, alm, settings=in_8_bits), in_8_bits))
         usual = self._best_usual()
         name = usual.side if usual else PLAIN[0]
         made.append(Candidate(name, partial(make_side, name, alm, self._flags.compile_mode)))

@@ -194,9 +194,8 @@ def on_two_streams(forward: Direction, backward: Direction, streams: Sequence[to
     return results[0], results[1]
 
 
-def make_engines(alm: BidirectionalALM, head: str, compiled: bool, micro_batch: int) -> list[Engine]:
+def make_engines(alm: BidirectionalALM, settings: Settings) -> list[Engine]:
     """One a direction, left to right first."""
-    settings = Settings(head, compiled, micro_batch)
     return [Engine(model, settings) for model in (alm.left_to_right, alm.right_to_left)]
 
 

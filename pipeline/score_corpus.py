@@ -19,7 +19,7 @@ from pipeline.options import command_parser, parse, text_format
 from pipeline.plan import Configuration, Plan, read_plan
 from pipeline.preview import preview
 from pipeline.publication import Provenance
-from pipeline.scoring import AlmScorer, Scorer, Scoring
+from pipeline.scoring import FLOAT8, AlmScorer, Scorer, Scoring
 from scorer import files
 from scorer.alm import DTYPES, check_alm, fingerprint_alm
 from scorer.console import run_command
@@ -31,6 +31,9 @@ from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import Vocabulary, require_same_vocabulary
 
 logger = logging.getLogger(__name__)
+
+_MICRO_BATCH = {"cpu": 8, "cuda": 64}
+"""Blocks. On a CPU neither speed nor bytes depend on it."""
 
 
 def main(arguments: Sequence[str], scorer: Scorer | None = None) -> int:
@@ -91,9 +94,13 @@ def _parser(has_scorer: bool) -> argparse.ArgumentParser:
     parser.add_argument("--alm", required=True, metavar="DIR", help="holds forward/ and backward/")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="(default: the plan's; else bfloat16 on cuda, else float32)"
+        "--dtype",
+        choices=[*DTYPES, FLOAT8],
+        help="(default: the plan's; else bfloat16 on cuda, else float32; float8 moves masks by about 1 %%)",
     )
-    parser.add_argument("--micro_batch", type=int, default=8, help="blocks a forward pass")
+    parser.add_argument(
+        "--micro_batch", type=int, help="blocks a forward pass on a GPU (default: 64; a CPU takes what its caches hold)"
+    )
     return parser
 
 
@@ -126,8 +133,6 @@ def _check_tokenizer(folder: str, vocabulary: Vocabulary) -> None:
 def _alm_scorer(flags: argparse.Namespace, options: PipelineOptions, vocabulary: Vocabulary) -> AlmScorer:
     """Holds the ALM to the vocabulary, resolves device and dtype, and says which."""
     _check_tokenizer(flags.alm, vocabulary)
-    if flags.micro_batch < 1:
-        raise ConfigurationError(f"--micro_batch {flags.micro_batch}: expected at least 1")
     device = flags.device or ("cuda" if device_count() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigurationError(f"--device {device}: expected cpu, cuda or cuda:N")
@@ -136,8 +141,11 @@ def _alm_scorer(flags: argparse.Namespace, options: PipelineOptions, vocabulary:
     existing = read_plan(flags.output)
     planned = existing.configuration.dtype if existing else None
     dtype = flags.dtype or planned or ("bfloat16" if device.startswith("cuda") else "float32")
-    logger.info("scoring on %s in %s, %d blocks a forward pass", device, dtype, flags.micro_batch)
-    return AlmScorer(flags.alm, fingerprint_alm(flags.alm), device, dtype, flags.micro_batch)
+    micro_batch = _MICRO_BATCH[device.partition(":")[0]] if flags.micro_batch is None else flags.micro_batch
+    if micro_batch < 1:
+        raise ConfigurationError(f"--micro_batch {micro_batch}: expected at least 1")
+    logger.info("scoring on %s in %s", device, dtype)
+    return AlmScorer(flags.alm, fingerprint_alm(flags.alm), device, dtype, micro_batch)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from scorer.scoring import MAX_NLL, to_perplexity
 from scorer.shards import ShardContent, round_mantissa
 from scorer.vocabulary import Vocabulary
 
+FLOAT8 = "float8"
+
 Nll = npt.NDArray[np.float32]
 ScoreBlocks = Callable[[Ids], tuple[Nll, Nll]]
 """Blocks [N, 512] to the NLL of each token in nats, forward and backward: float32 [N, 512], NaN where there is none.
@@ -61,6 +63,7 @@ class AlmScorer:
     device_name: str
     """'cpu', 'cuda' (any that no other process scores on) or 'cuda:1'."""
     dtype: str
+    """One of `DTYPES`, or `FLOAT8`: bfloat16, with linear layers in 8 bits."""
     micro_batch: int
 
     @property
@@ -71,8 +74,9 @@ class AlmScorer:
     def open(self) -> ScoreBlocks:
         """Loads the ALM on a device of its own; never falls back to another one."""
         disable_progress_bar()  # of the weights' loading: one a direction and worker
-        alm = load_alm(self.folder, claim_device(self.device_name), self.dtype)
-        return DeviceQueue(alm, self.micro_batch).score
+        float8 = self.dtype == FLOAT8
+        alm = load_alm(self.folder, claim_device(self.device_name), "bfloat16" if float8 else self.dtype)
+        return DeviceQueue(alm, self.micro_batch, float8).score
 
 
 @dataclass(frozen=True)

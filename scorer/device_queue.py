@@ -28,18 +28,18 @@ Nll = npt.NDArray[np.float32]
 class DeviceQueue:
     """Both directions of an ALM on its device."""
 
-    def __init__(self, alm: BidirectionalALM, micro_batch: int):
+    def __init__(self, alm: BidirectionalALM, micro_batch: int, float8: bool = False):
         """Starts the feeder.
 
         Args:
             alm: on its device.
             micro_batch: blocks of a forward pass on a GPU. A CPU takes as many as its caches hold.
+            float8: whether linear layers multiply in 8 bits.
         """
         self._alm = alm
-        self._settings = None
-        if alm.device.type == "cuda":
-            default = Settings.default(alm.device, next(alm.parameters()).dtype)
-            self._settings = replace(default, micro_batch=micro_batch)
+        self._is_cuda = alm.device.type == "cuda"
+        settings = Settings.default(alm.device, next(alm.parameters()).dtype)
+        self._settings = replace(settings, float8=float8, micro_batch=micro_batch if self._is_cuda else 0)
         self._feeder = ThreadPoolExecutor(1, "feeder")
 
     def score(self, ids: npt.NDArray[np.integer]) -> tuple[Nll, Nll]:
@@ -61,7 +61,7 @@ class DeviceQueue:
 
     def _enqueue(self, ids: npt.NDArray[np.integer]) -> _Pending:
         blocks = torch.from_numpy(ids.astype(np.int32))
-        if self._settings is None:
+        if not self._is_cuda:
             return _Pending(enqueue_nll(self._alm, blocks, self._settings), None)
         nlls = enqueue_nll(self._alm, blocks.pin_memory().to(self._alm.device, non_blocking=True), self._settings)
         hosts = [torch.empty(nll.shape, pin_memory=True).copy_(nll, non_blocking=True) for nll in nlls]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from scorer.engine.compilation import compiled
 from scorer.engine.packed import PackedLinear, can_pack
+from scorer.engine.triton_head import TritonHead
 from scorer.errors import ConfigurationError
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -29,8 +30,8 @@ Head = Callable[[Tensor, Tensor], Tensor]
 MakeHead = Callable[[Tensor, Tensor | None], Head]
 """Weights [V, D] and bias [V], if any, of the vocabulary projection to a head on their device."""
 
-_PACKED_ROWS, _PACKED_COLUMNS = 512, 1024
-"""2 MB of float32 logits: what a core's cache or the one that two share holds."""
+_PACKED_ROWS, _PACKED_COLUMNS = 256, 1536
+"""1.5 MB of float32 logits, which the second-level caches of two cores hold; smaller ones cost more in calls."""
 _PLAIN_ROWS, _PLAIN_COLUMNS = 512, 8192
 _CUDA_ROWS, _CUDA_COLUMNS = 4096, 4096
 """32 MiB of bfloat16 logits, less than an H200's second-level cache."""
@@ -56,6 +57,7 @@ class PackedHead:
         self._products = [
             PackedLinear(columns, some) for columns, some in zip(weight.split(_PACKED_COLUMNS), biases, strict=False)
         ]
+        self._columns_of_last = len(weight) - _PACKED_COLUMNS * (len(self._products) - 1)
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See `Head`."""
@@ -63,15 +65,16 @@ class PackedHead:
         return torch.cat([self._nll(rows, wanted) for rows, wanted in pairs])
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        chunk, column = targets // _PACKED_COLUMNS, targets % _PACKED_COLUMNS
+        chunk, column = targets // _PACKED_COLUMNS, (targets % _PACKED_COLUMNS)[:, None]
+        column_of_last = column.clamp(max=self._columns_of_last - 1)
         normalizers, picked = [], []
         for product in self._products:
             logits = product(hidden)
             # The one fused pass over a row that torch has: x − lse(x). Any column gives lse(x) back.
             log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
             normalizers.append(logits[:, 0].float() - log_softmax[:, 0])
-            picked.append(logits.gather(1, column.clamp(max=logits.shape[1] - 1)[:, None])[:, 0])
-        return _combine(torch.stack(normalizers), torch.stack(picked), chunk)
+            picked.append(logits.gather(1, column_of_last if product is self._products[-1] else column))
+        return _combine(torch.stack(normalizers), torch.cat(picked, dim=1).t(), chunk)
 
 
 class ChunkedHead:
@@ -134,7 +137,8 @@ def _in_rows(weight: Tensor, bias: Tensor | None) -> Head:
     return ChunkedHead(weight, bias, _CUDA_ROWS, columns, is_compiled=weight.device.type == "cuda")
 
 
-HEADS: dict[str, MakeHead] = {"packed": PackedHead, "chunked": _chunked, "rows": _in_rows}
+HEADS: dict[str, MakeHead] = {"packed": PackedHead, "chunked": _chunked, "rows": _in_rows, "triton": TritonHead}
+"""`packed` on CPUs; on GPUs `chunked` keeps logits in the cache, `rows` makes fewer products, `triton` keeps none."""
 
 
 def plain_projection(model: PreTrainedModel) -> nn.Linear | None:

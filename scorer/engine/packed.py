@@ -22,6 +22,15 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def multiply(rows: Tensor, columns: Tensor, plus: Tensor | None = None) -> Tensor:
+    """The product rows @ columns.T of [N, D] and [M, D], none of them packed, plus a matrix [N, M]."""
+    if plus is None:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
+    else:
+        product = torch.ops.mkldnn._linear_pointwise.binary(rows, plus, columns, None, "add")
+    return product
+
+
 class PackedLinear(nn.Module):
     """x @ weight.T + bias, with GELU (by its tanh) behind it where that is wanted; for inference only."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
-from scorer.engine.attention import use_sliced_attention
+from scorer.engine.attention import use_onednn_attention
+from scorer.engine.float8 import Float8Linear
 from scorer.engine.packed import PackedLinear
 
 
@@ -22,7 +24,10 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def pack(twin: PreTrainedModel) -> None:
-    """Makes a twin on a CPU as fast as it gets: packed linear layers, GELU in one pass, sliced attention."""
+    """Makes a twin on a CPU as fast as it gets: packed linear layers, GELU in one pass, attention of our own.
+
+    In bfloat16 attention stays torch's, whose scores are float32 inside: rounded ones would double the error of NLLs.
+    """
     for module in list(twin.modules()):
         if type(module) is GPT2MLP and type(module.act) is NewGELUActivation:
             module.c_fc = PackedLinear(*_weights(module.c_fc), has_gelu=True)
@@ -32,8 +37,16 @@ def pack(twin: PreTrainedModel) -> None:
                 setattr(module, name, PackedLinear(*_weights(child)))
             elif type(child) is NewGELUActivation:
                 setattr(module, name, nn.GELU(approximate="tanh"))  # the same formula, in one pass instead of eight
-    if twin.config._attn_implementation == "sdpa":
-        use_sliced_attention(twin)
+    if twin.config._attn_implementation == "sdpa" and twin.dtype == torch.float32:
+        use_onednn_attention(twin)
+
+
+def round_to_8_bits(twin: PreTrainedModel) -> None:
+    """Exchanges a twin's linear layers for such as multiply in 8 bits."""
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) in (nn.Linear, Conv1D):
+                setattr(module, name, Float8Linear(*_weights(child)))
 
 
 def _weights(linear: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:

