@@ -27,7 +27,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -153,7 +153,7 @@ class Benchmark:
     def _measure_precision(self) -> None:
         """Ours, our other heads and the usual loops in each dtype, this run's first."""
         ids = make_blocks(self._case, self._flags.checked_blocks)
-        exact = scoring_precision.exact_nll(self._case.shape, ids)
+        exact = scoring_precision.exact_nll(build_alm(replace(self._case, dtype=torch.float64)), ids)
         for dtype in sorted((torch.float32, torch.bfloat16), key=lambda dtype: dtype != self._case.dtype):
             for candidate in self._precision_candidates(Case(self._case.shape, self._case.device, dtype)):
                 what = f"precision of {candidate.name}, {dtype}"

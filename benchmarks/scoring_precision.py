@@ -13,7 +13,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.interleaved import Table
-from benchmarks.scoring_sides import Case, Nll, Shape, build_alm, in_both_directions
+from benchmarks.scoring_sides import Nll, in_both_directions
+from scorer.alm import BidirectionalALM
 from scorer.scoring import MAX_NLL, to_perplexity
 from trainer.masking import probabilities
 
@@ -44,9 +45,8 @@ class Precision:
 
 
 @torch.inference_mode()
-def exact_nll(shape: Shape, ids: Tensor) -> Nll:
-    """Float64 from the first product to the last: NLLs [B, T] of the float32 weights, whatever a side's dtype."""
-    alm = build_alm(Case(shape, ids.device, torch.float64))
+def exact_nll(alm: BidirectionalALM, ids: Tensor) -> Nll:
+    """NLLs [B, T] of an ALM in float64, from the first product to the last."""
     directions = [partial(_exact_direction, model) for model in (alm.left_to_right, alm.right_to_left)]
     return in_both_directions(*directions, ids)
 

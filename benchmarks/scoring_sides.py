@@ -161,6 +161,10 @@ USUAL = {
 }
 
 
+PLAIN_USUAL = "usual, log_softmax"
+"""The one that is asked where one is enough."""
+
+
 @torch.inference_mode()
 def in_both_directions(forward: Direction, backward: Direction, ids: Tensor) -> Nll:
     """The backward model reads each block reversed, and its scores are flipped back."""

@@ -74,6 +74,7 @@ class PackedHead:
             log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
             normalizers.append(logits[:, 0].float() - log_softmax[:, 0])
             picked.append(logits.gather(1, column_of_last if product is self._products[-1] else column))
+            del logits, log_softmax  # so that the next ones take their place, and not other cache lines
         return _combine(torch.stack(normalizers), torch.cat(picked, dim=1).t(), chunk)
 
 
