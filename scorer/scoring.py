@@ -67,8 +67,7 @@ def enqueue_nll(alm: BidirectionalALM, input_ids: Tensor, settings: Settings | N
     """`score_nll` without a look at the result, for which a GPU would have to be waited for."""
     ids = input_ids.to(alm.device, torch.long)
     left_to_right, right_to_left = alm.engines(settings)
-    forward, backward = left_to_right.start(ids), right_to_left.start(ids.flip(1))
-    return forward(), backward().flip(1)
+    return left_to_right(ids), right_to_left(ids.flip(1)).flip(1)
 
 
 def to_perplexity(nll: Tensor) -> Tensor:
