@@ -26,7 +26,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 def pack(twin: PreTrainedModel) -> None:
     """Makes a twin on a CPU as fast as it gets: packed linear layers, GELU in one pass, attention of our own.
 
-    In bfloat16 attention stays torch's, whose scores are float32 inside: rounded ones would double the error of NLLs.
+    In bfloat16 attention stays torch's, whose scores are float32 inside.
     """
     for module in list(twin.modules()):
         if type(module) is GPT2MLP and type(module.act) is NewGELUActivation:
