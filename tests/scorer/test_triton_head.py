@@ -208,13 +208,10 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r"needs Triton.*install a CUDA build of torch"):
             TritonHead(torch.zeros(50, 16))
 
-    def test_modules_can_be_imported_without_triton(self):
-        code = "import sys; sys.modules['triton'] = None; from scorer.engine import triton_head, triton_kernels"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
     def test_the_engine_can_be_imported_where_triton_cannot(self):
-        code = "import sys; sys.modules['triton'] = None; import scorer.engine, scorer.engine.triton_head"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        code = "import sys; sys.modules['triton'] = None; from scorer.engine import triton_head, triton_kernels"
+        finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
 
     @runs_kernels
     def test_other_dtypes(self):
