@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import product
 from typing import Any
 
 import torch
@@ -44,15 +43,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         [B, T, H, D].
     """
     blocks, heads, length, width = query.shape
-    queries, keys, columns = (query * scaling).contiguous(), key.contiguous(), value.transpose(2, 3).contiguous()
-    mixed = query.new_empty(blocks, length, heads, width)
-    for block, head in product(range(blocks), range(heads)):
+    mixed = query.new_empty(blocks, length, heads * width)
+    for block in range(blocks):
+        # A block's own copies, in the order that the products want, stay in a cache until its heads are through.
+        queries = torch.mul(query[block], scaling, out=query.new_empty(heads, length, width))
+        keys = key[block].contiguous()
         for start in range(0, length, _QUERIES):
             end = min(start + _QUERIES, length)
-            scores = multiply(queries[block, head, start:end], keys[block, head, :end], plus=_mask(start, end))
-            weights = torch.softmax(scores, dim=1)
-            mixed[block, start:end, head] = multiply(weights, columns[block, head, :, :end].contiguous())
-    return mixed
+            columns = value[block, :, :end].transpose(1, 2).contiguous()
+            weights = (
+                torch.softmax(multiply(some, others[:end], plus=_mask(start, end)), dim=1)
+                for some, others in zip(queries[:, start:end], keys, strict=True)
+            )
+            outputs = [multiply(some, others) for some, others in zip(weights, columns, strict=True)]
+            torch.cat(outputs, dim=1, out=mixed[block, start:end])
+    return mixed.view(blocks, length, heads, width)
 
 
 @cache
