@@ -15,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from torch import Tensor
 
 from benchmarks.interleaved import Table, interleave, median, timed
@@ -183,7 +184,9 @@ def _draw(axes: Axes, points: Sequence[Point], label: str) -> None:
     axes.plot(list(bounds), list(bounds.values()), "--", color="grey", label=_BOUND)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(bounds), [f"{value:,}" for value in bounds])
+    axes.set_xticks(list(bounds), [f"{value:,}" for value in bounds], rotation=30)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("tokens/s, both directions")
