@@ -5,12 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 
+import psutil
 import torch
 
 from scorer.errors import ConfigurationError
 
+_PATIENCE_SECONDS = 30.0
+"""In which a process that is ending lets go of its device: the one in whose place this one was started, say."""
+_LOOK_SECONDS = 0.5
 _claims: dict[str, int] = {}
 """Open lock files of this process, by path. They stay open, and so locked, until it ends, however it ends."""
 
@@ -47,7 +54,7 @@ def claim_device(device: str) -> str:
         'cpu', or the claimed device, 'cuda:N'.
 
     Raises:
-        ConfigurationError: there is no such device, or another process has it.
+        ConfigurationError: there is no such device, or other processes have them all; it says which.
     """
     require_device(device)
     if not device.startswith("cuda"):
@@ -58,7 +65,7 @@ def claim_device(device: str) -> str:
 
 
 def claim_one(names: Sequence[str], folder: str | None = None) -> int:
-    """Locks the first of some names that no other process of this machine has locked.
+    """Locks the first of some names that no other process of this machine has locked; waits a while for one.
 
     Args:
         names: what the devices are called on this machine, whatever a process sees of them.
@@ -70,14 +77,33 @@ def claim_one(names: Sequence[str], folder: str | None = None) -> int:
     Raises:
         ConfigurationError: all are taken.
     """
-    for index, name in enumerate(names):
-        path = os.path.join(folder or tempfile.gettempdir(), f"hardness-{name}.lock")
-        if path in _claims or _lock(path):
-            return index
+    paths = [os.path.join(folder or tempfile.gettempdir(), f"hardness-{name}.lock") for name in names]
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        for index, path in enumerate(paths):
+            if path in _claims or _lock(path):
+                return index
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_LOOK_SECONDS)
+    holders = ", ".join(f"{name} by {_holder(path)}" for name, path in zip(names, paths, strict=True))
     raise ConfigurationError(
-        f"all {len(names)} CUDA device(s) that were asked for are taken by other scoring processes: run one worker a "
-        "device (--direct_num_workers), or wait for the other job"
+        f"all {len(names)} CUDA device(s) that were asked for are taken ({holders}): run one worker a device "
+        "(--direct_num_workers; on Flink, one slot), or wait for the other job"
     )
+
+
+def _holder(path: str) -> str:
+    """Who has locked a file, as far as this machine tells."""
+    try:
+        inode = os.stat(path).st_ino
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "FLOCK" in line]
+        owners = [int(fields[4]) for fields in locks if fields[5].rpartition(":")[2] == str(inode)]
+        process = psutil.Process(owners[0])
+        since = datetime.fromtimestamp(process.create_time())
+        return f"process {process.pid} of {process.username()}, since {since:%F %T}"
+    except (OSError, psutil.Error, IndexError, ValueError):
+        return "a process that this one cannot see"
 
 
 def _lock(path: str) -> bool:

@@ -17,6 +17,7 @@ NAMES = ["cuda-one", "cuda-two", "cuda-three"]
 
 @pytest.fixture(autouse=True)
 def _claims_end_with_the_test(monkeypatch):
+    monkeypatch.setattr(devices, "_PATIENCE_SECONDS", 0.0)
     claims = {}
     monkeypatch.setattr(devices, "_claims", claims)
     yield
@@ -55,10 +56,12 @@ def claim_elsewhere(tmp_path):
 
 
 def test_each_process_gets_another_device(claim_elsewhere, tmp_path):
-    found = [claim_elsewhere()[1] for _ in NAMES]
-    assert found == [0, 1, 2]
+    found = [claim_elsewhere() for _ in NAMES]
+    assert [index for _, index in found] == [0, 1, 2]
     _, message = claim_elsewhere()
     assert "all 3 CUDA device(s) that were asked for are taken" in message
+    for name, (pid, _) in zip(NAMES, found, strict=True):
+        assert f"{name} by process {pid} of " in message
     with pytest.raises(ConfigurationError, match="all 1 CUDA"):
         claim_one(NAMES[1:2], str(tmp_path))
 
@@ -70,6 +73,13 @@ def test_a_device_is_free_when_its_process_ends_however_it_ends(claim_elsewhere,
     child = next(process for process in multiprocessing.active_children() if process.pid == pids[1])
     child.join()
     assert claim_one(NAMES, str(tmp_path)) == 1
+
+
+def test_a_device_is_waited_for_while_its_process_is_ending(claim_elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_PATIENCE_SECONDS", 300.0)
+    pids = [claim_elsewhere()[0] for _ in NAMES]
+    monkeypatch.setattr(devices.time, "sleep", lambda _: os.kill(pids[2], signal.SIGKILL))
+    assert claim_one(NAMES, str(tmp_path)) == 2
 
 
 def test_a_process_may_claim_its_device_again(claim_elsewhere, tmp_path):
