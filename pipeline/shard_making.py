@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import cloudpickle
+
 from pipeline.plan import Split
 from pipeline.publication import Draft, Provenance, PublishedShard, publish_split
 from pipeline.sources import ReadSplit, Report, Source
@@ -62,6 +64,25 @@ class Recipe:
     def open(self) -> ShardMaker:
         """Loads tokenizer and model."""
         return ShardMaker(self.folder, self.source.open(), self.step.open(), self.provenance)
+
+
+@dataclass(frozen=True)
+class PackedRecipe:
+    """A recipe on its way: whoever hands it on need not import what its step needs, torch among it."""
+
+    folder: str
+    """Of the shards."""
+    packed: bytes
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> PackedRecipe:
+        """Packs it."""
+        return cls(recipe.folder, cloudpickle.dumps(recipe))
+
+    def unpack(self) -> Recipe:
+        """The recipe."""
+        recipe: Recipe = cloudpickle.loads(self.packed)
+        return recipe
 
 
 class ShardMaker:

@@ -23,14 +23,12 @@ from fractions import Fraction
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
-import cloudpickle
-
 from pipeline.failures import SetAside, Tolerance, record
 from pipeline.messages import Beat, Done, Failed, Hopeless, Ready, Task
 from pipeline.plan import Split
 from pipeline.progress import IN_FLIGHT_NAME
 from pipeline.publication import PublishedShard
-from pipeline.shard_making import Recipe
+from pipeline.shard_making import PackedRecipe
 from pipeline.worker import Worker
 from scorer import files
 from scorer.errors import CorpusError, StorageError, WorkerError
@@ -110,7 +108,7 @@ class _Handle:
 class Supervisor:
     """Makes shards by workers; give it splits by `submit`, take what is left by `drain`."""
 
-    def __init__(self, recipe: Recipe, crew: Crew, limits: Limits):
+    def __init__(self, recipe: PackedRecipe, crew: Crew, limits: Limits):
         """Starts nothing yet: workers start when there is work for them."""
         self._recipe = recipe
         self._crew = crew
@@ -203,14 +201,14 @@ class Supervisor:
         if self._crew.processes == 0:
             worker = Worker(theirs, is_process=False)
             threading.Thread(
-                target=worker.serve, args=(self._recipe, self._crew.threads), name="worker", daemon=True
+                target=worker.serve, args=(self._recipe.unpack(), self._crew.threads), name="worker", daemon=True
             ).start()
             handle = _Handle(ours, None)
         else:
             handle = _Handle(ours, self._start_process(theirs))
             theirs.close()
             with suppress(OSError):  # it has died already; `_listen` finds out
-                ours.send_bytes(cloudpickle.dumps(self._recipe))
+                ours.send_bytes(self._recipe.packed)
         self._handles.append(handle)
         return handle
 

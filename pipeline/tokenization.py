@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus import Document, FileRange, RangeReader, TextFormat
 from pipeline.plan import Split
@@ -24,6 +23,9 @@ from scorer.errors import CorpusError
 from scorer.manifest import Reject
 from scorer.shards import BLOCK_LENGTH, ROW_GROUP_BLOCKS, RUN_LENGTH
 from scorer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024

@@ -14,7 +14,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from pipeline.failures import SetAside, Tolerance
 from pipeline.plan import Plan, Split, plan_path, read_plan
 from pipeline.publication import PublishedShard, find_published, look_again, write_manifest
-from pipeline.shard_making import Recipe
+from pipeline.shard_making import PackedRecipe
 from pipeline.supervision import Crew, Limits, Outcome, Supervisor
 from scorer.errors import CorpusError, ShardError
 from scorer.manifest import Manifest
@@ -60,7 +60,7 @@ class MakeShards(beam.DoFn):
     Gives what became of each split, a `PublishedShard` or a `SetAside`, in whatever order they are done.
     """
 
-    def __init__(self, recipe: Recipe, crew: Crew, limits: Limits):
+    def __init__(self, recipe: PackedRecipe, crew: Crew, limits: Limits):
         self._recipe = recipe
         self._crew = crew
         self._limits = limits
@@ -98,7 +98,7 @@ class WriteManifest(beam.PTransform):
             | "Old and new shards" >> beam.Flatten()
             | "When all are there" >> beam.Reshuffle()
             | "Hash once more" >> beam.Map(_look_again, self._folder)
-            | "All shards" >> beam.combiners.ToList()
+            | "All shards" >> beam.GroupBy(_one_group)  # of few stages: on a cluster, each starts a process a slot
             | "Manifest" >> beam.Map(_finish, self._folder, self._tolerance)
         )
 
@@ -107,8 +107,13 @@ def _look_again(outcome: Outcome, folder: str) -> Outcome:
     return look_again(folder, outcome) if isinstance(outcome, PublishedShard) else outcome
 
 
-def _finish(outcomes: list[Outcome], folder: str, tolerance: Tolerance) -> Manifest:
+def _one_group(_: Outcome) -> int:
+    return 0
+
+
+def _finish(group: tuple[int, Iterable[Outcome]], folder: str, tolerance: Tolerance) -> Manifest:
     """Writes the manifest if nothing stands against it."""
+    outcomes = list(group[1])
     plan = read_plan(folder)
     if plan is None:
         raise ShardError(f"{plan_path(folder)} is gone: run the same command again")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from scorer import files
 from scorer.console import first_line
 from scorer.errors import ConfigurationError
 from scorer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -20,6 +21,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: there is none, or it is not a fast one.
     """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - and torch: seconds, for processes that pass work on only
+
     try:
         if files.exists(name_or_path):
             with files.local_folder(name_or_path) as folder:

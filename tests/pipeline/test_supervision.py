@@ -18,7 +18,7 @@ from pipeline.corpus import FileRange
 from pipeline.failures import SetAside, Tolerance
 from pipeline.plan import Split, read_plan
 from pipeline.publication import Provenance, PublishedShard
-from pipeline.shard_making import KeepBlocks, Recipe
+from pipeline.shard_making import KeepBlocks, PackedRecipe, Recipe
 from pipeline.supervision import Crew, Limits, Outcome, Supervisor
 from scorer.errors import ConfigurationError, CorpusError, HardnessError, StorageError, WorkerError
 from scorer.tokenizer import describe, load_tokenizer
@@ -64,6 +64,18 @@ def vocabulary(tokenizer_folder: Path) -> Vocabulary:
     return describe(load_tokenizer(str(tokenizer_folder)))
 
 
+class NotPacked(PackedRecipe):
+    """For threads of this process: a step may share locks and events with its test."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe.folder, b"")
+        object.__setattr__(self, "_recipe", recipe)
+
+    def unpack(self) -> Recipe:
+        recipe: Recipe = self._recipe  # type: ignore[attr-defined]
+        return recipe
+
+
 @pytest.fixture
 def start(folder: Path, vocabulary: Vocabulary) -> Iterator[Start]:
     """Makes supervisors of toy splits, and closes them."""
@@ -71,7 +83,8 @@ def start(folder: Path, vocabulary: Vocabulary) -> Iterator[Start]:
 
     def make(step: Any, crew: Crew = ONE_THREAD, source: Any = None, splits: int = 100) -> Supervisor:
         provenance = Provenance(vocabulary, None, None, None, None, {})
-        recipe = Recipe(str(folder), source or ToySource(), step, provenance)
+        made = Recipe(str(folder), source or ToySource(), step, provenance)
+        recipe = PackedRecipe.of(made) if crew.processes else NotPacked(made)
         started.append(Supervisor(recipe, crew, Limits(Tolerance(), splits, 0)))
         return started[-1]
 
