@@ -5,11 +5,16 @@ PY := .venv/bin/python
 # Large tensors on the CPU in huge pages: 1.7 times the speed of a step whose time goes into page faults.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
+# Flink and Spark, for RUNNER=FlinkRunner and RUNNER=SparkRunner: fetched once, by `make engines`.
+export HARDNESS_ENGINES ?= $(CURDIR)/.engines
+
 quoted = $(foreach word,$(1),'$(word)')
+runner = $(if $(RUNNER),--runner $(RUNNER)) $(if $(FLINK_MASTER),--flink_master $(FLINK_MASTER))
 required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: see `make help`)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-faults lint format clean
+.PHONY: engines flink-up flink-down
 .PHONY: tokenize-corpus train-alm score-corpus status verify pretrain sweep simulate replay bench-scoring
 
 help:  ## this list
@@ -50,16 +55,26 @@ clean:  ## remove .venv and caches (never data)
 tokenize-corpus: .venv/.installed  ## CORPUS='…/*.jsonl.gz' TOKENIZER=… BLOCKS=…
 	$(call required,CORPUS TOKENIZER BLOCKS)
 	$(PY) -m pipeline.tokenize_corpus --input $(call quoted,$(CORPUS)) --tokenizer $(TOKENIZER) --output $(BLOCKS) \
-		$(if $(RUNNER),--runner $(RUNNER)) $(ARGS)
+		$(runner) $(ARGS)
+
+engines: .venv/.installed  ## fetches Flink, and Beam's job servers for Flink and Spark (Java, Maven)
+	$(PY) -m pipeline.engines fetch $(ARGS)
+
+flink-up: .venv/.installed  ## a JobManager, TaskManagers and a job server on this machine [TASKMANAGERS=2]
+	$(PY) -m pipeline.engines fetch flink
+	$(PY) -m pipeline.engines flink-up $(if $(TASKMANAGERS),--taskmanagers $(TASKMANAGERS)) $(ARGS)
+
+flink-down: .venv/.installed  ## ends all of them, and whatever they started
+	$(PY) -m pipeline.engines flink-down $(ARGS)
 
 train-alm: .venv/.installed  ## BLOCKS=… ALM=…
 	$(call required,BLOCKS ALM)
 	$(PY) -m trainer.train_alm --blocks $(BLOCKS) --output_dir $(ALM) $(ARGS)
 
-score-corpus: .venv/.installed  ## CORPUS='…/*.jsonl.gz' ALM=… SHARDS=… [TOKENIZER=…] [RUNNER=…]
+score-corpus: .venv/.installed  ## CORPUS='…/*.jsonl.gz' ALM=… SHARDS=… [TOKENIZER=…] [RUNNER=… FLINK_MASTER=…]
 	$(call required,CORPUS ALM SHARDS)
 	$(PY) -m pipeline.score_corpus --input $(call quoted,$(CORPUS)) --alm $(ALM) --output $(SHARDS) \
-		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(RUNNER),--runner $(RUNNER)) $(ARGS)
+		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(runner) $(ARGS)
 
 status: .venv/.installed  ## SHARDS=…
 	$(call required,SHARDS)

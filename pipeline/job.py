@@ -17,6 +17,8 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.engines.placement import watched
+from pipeline.engines.runners import place
 from pipeline.estimate import estimate, require_room
 from pipeline.failures import Tolerance, forget_set_aside
 from pipeline.inputs import BlockInput, TextInput
@@ -24,7 +26,7 @@ from pipeline.lease import holding
 from pipeline.plan import Plan, adopt_plan
 from pipeline.progress import STALLED_SECONDS, measure, reporting_progress
 from pipeline.publication import Provenance, check_published, remove_temporaries
-from pipeline.shard_making import Recipe, Step
+from pipeline.shard_making import PackedRecipe, Recipe, Step
 from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
 from scorer import errors, files
@@ -108,19 +110,25 @@ class Job:
             # One thread of Beam's hands out the splits; the crew does the work.
             direct = options.view_as(DirectOptions)
             direct.direct_running_mode, direct.direct_num_workers = "in_memory", 1
+        placement = place(options)
         plan = adopt_plan(self.folder, self.plan)
         with holding(self.folder):
             _prepare_folder(self.folder, self.tokenizer, self.vocabulary)
             limits = Limits(self.tolerance, len(plan.splits), self._require_room(plan))
             source = self.corpus.source(self.folder, self.vocabulary)
-            recipe = Recipe(self.folder, source, self.step, self.provenance)
+            recipe = PackedRecipe.of(Recipe(self.folder, source, self.step, self.provenance))
 
             pipeline = beam.Pipeline(options=options)
             splits = pipeline | PlannedSplits(self.folder, plan)
             made = splits.missing | "Tokenize, score, publish" >> beam.ParDo(MakeShards(recipe, self.crew, limits))
             (splits[PUBLISHED], made) | WriteManifest(self.folder, self.tolerance)
 
-            with reporting_progress(self.folder, plan), _workers_ended(self.folder, plan), _without_tracebacks():
+            with (
+                reporting_progress(self.folder, plan),
+                _workers_ended(self.folder, plan),
+                _without_tracebacks(),
+                watched(self.folder, placement),
+            ):
                 _run(pipeline)
             manifest = check_published(self.folder, plan)
         _summarize(self.folder, manifest)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from pipeline.engines.placement import EngineState, read_state
 from pipeline.failures import SetAside, read_set_aside
 from pipeline.lease import living_driver
 from pipeline.plan import PLAN_NAME, Plan
@@ -71,6 +72,8 @@ class Progress:
     seconds_left: float | None
     driver: str | None
     """Which process is at work on the folder; None where none is, or none that is known to live."""
+    engine: EngineState | None = None
+    """What the cluster says that works on the folder; None where none does."""
     in_flight: tuple[InFlight, ...] = ()
     """Longest first: the first one is the slowest."""
     set_aside: tuple[SetAside, ...] = ()
@@ -141,6 +144,7 @@ class Watch:
             tokens_per_second=rate,
             seconds_left=seconds_left,
             driver=driver,
+            engine=read_state(self._folder),
             in_flight=in_flight,
             set_aside=set_aside,
             damage=tuple(damage),

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str], scorer: Scorer | None = None) -> int:
         **corpus.configuration(),
     )
     job = Job(
-        folder=flags.output,
+        folder=files.absolute(flags.output),
         corpus=corpus,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -145,7 +145,7 @@ def _alm_scorer(flags: argparse.Namespace, options: PipelineOptions, vocabulary:
     if micro_batch < 1:
         raise ConfigurationError(f"--micro_batch {micro_batch}: expected at least 1")
     logger.info("scoring on %s in %s", device, dtype)
-    return AlmScorer(flags.alm, fingerprint_alm(flags.alm), device, dtype, micro_batch)
+    return AlmScorer(files.absolute(flags.alm), fingerprint_alm(flags.alm), device, dtype, micro_batch)
 
 
 if __name__ == "__main__":

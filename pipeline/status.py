@@ -99,6 +99,9 @@ def _counts(progress: Progress) -> Table:
     }
     if progress.state != "complete":
         rows["driver"] = progress.driver or "none: run the same command again to go on"
+    if progress.engine is not None:
+        rows["engine"] = f"{progress.engine.runner}: {progress.engine.state}"
+        rows["page"] = progress.engine.page or "unknown"
     table = Table.grid(padding=(0, 2))
     colour = _COLOURS[progress.state]
     table.add_row("", ProgressBar(max(1, progress.planned), progress.done, width=40, complete_style=colour))

@@ -15,6 +15,7 @@ from pipeline.plan import Configuration, Plan
 from pipeline.preview import preview
 from pipeline.publication import Provenance
 from pipeline.shard_making import KeepBlocks
+from scorer import files
 from scorer.console import run_command
 from scorer.tokenizer import load_tokenizer
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         **corpus.configuration(),
     )
     job = Job(
-        folder=flags.output,
+        folder=files.absolute(flags.output),
         corpus=corpus,
         tokenizer=tokenizer,
         vocabulary=vocabulary,

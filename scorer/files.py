@@ -61,6 +61,11 @@ def free_bytes(folder: str) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def absolute(path: str) -> str:
+    """The same place, whatever folder a process on whatever machine works in."""
+    return local_path(path) or path
+
+
 def join(folder: str, *names: str) -> str:
     """Joins path or URL segments with '/'."""
     return "/".join([folder.removesuffix("/"), *names])

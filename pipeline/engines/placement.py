@@ -1,0 +1,104 @@
+"""Where a job of a cluster runs, written into its folder: to look at, to end, and to end what an earlier run left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+from pipeline.engines.flink_rest import Flink, NoAnswerError
+from scorer import files
+from scorer.errors import StorageError
+
+logger = logging.getLogger(__name__)
+
+ENGINE_NAME = "_engine.json"
+"""In a folder of shards while a cluster works on it: which one, and under which name."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a job runs."""
+
+    runner: str
+    job: str
+    """What the engine calls it."""
+    page: str | None
+    """The engine's own, with or without scheme; None where it has none that is known."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine says of a job, as `pipeline.status` shows it."""
+
+    runner: str
+    state: str
+    """RUNNING, RESTARTING, …; 'unknown' where the engine does not answer."""
+    page: str | None
+
+
+@contextmanager
+def watched(folder: str, placement: Placement | None) -> Iterator[None]:
+    """Says in a folder where its job runs, and ends the job there if the body is left before it has ended.
+
+    What an earlier driver left running is ended first: it would hold the slots, and do the same work.
+    """
+    if placement is None:
+        yield
+        return
+    path = files.join(folder, ENGINE_NAME)
+    _end_earlier(folder)
+    files.replace(path, files.to_json(asdict(placement)))
+    try:
+        yield
+    except BaseException:
+        _end(placement)
+        raise
+    finally:
+        with suppress(StorageError):
+            files.remove(path)
+
+
+def read_state(folder: str) -> EngineState | None:
+    """What the engine of a folder says of its job; None where no job of a cluster is at work on it."""
+    placement = _read(folder)
+    if placement is None:
+        return None
+    state, page = "unknown", placement.page
+    if placement.runner == "FlinkRunner" and placement.page:
+        flink = Flink(placement.page)
+        with suppress(NoAnswerError):
+            job = flink.find(placement.job)
+            state, page = (job.state, flink.page(job)) if job else ("not there", page)
+    return EngineState(placement.runner, state, page)
+
+
+def _read(folder: str) -> Placement | None:
+    try:
+        return Placement(**files.read_json(files.join(folder, ENGINE_NAME)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _end_earlier(folder: str) -> None:
+    placement = _read(folder)
+    if placement is not None and _end(placement):
+        logger.info("ended %s, which an earlier run had left on %s", placement.job, placement.runner)
+
+
+def _end(placement: Placement) -> bool:
+    """Ends a job on its engine, and says whether there was one."""
+    if placement.runner != "FlinkRunner" or placement.page is None:
+        return False  # Spark's jobs end with their job server, and that with its driver
+    flink = Flink(placement.page)
+    try:
+        job = flink.find(placement.job)
+        if job is None or job.has_ended:
+            return False
+        if not flink.cancel(job):
+            logger.warning("Flink has not let go of %s yet: see %s", job.name, flink.page(job))
+    except NoAnswerError as error:
+        logger.warning("%s; if it comes back, end the job %s there", error, placement.job)
+        return False
+    return True

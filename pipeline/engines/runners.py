@@ -1,0 +1,89 @@
+"""What Beam's runners for clusters leave open: which cluster, how many at a time, how a machine starts our harness."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import uuid
+from pathlib import Path
+
+from apache_beam.options.pipeline_options import (
+    FlinkRunnerOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    PortableOptions,
+    SparkRunnerOptions,
+    StandardOptions,
+)
+
+from pipeline.engines import harness, local_flink
+from pipeline.engines.flink_rest import Flink
+from pipeline.engines.installation import job_server, require_java
+from pipeline.engines.placement import Placement
+from scorer.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+def place(options: PipelineOptions) -> Placement | None:
+    """Fills in what the runner needs and the user left open; None for runners without a cluster.
+
+    Raises:
+        ConfigurationError: there is no cluster, or it has no slots.
+    """
+    runner = options.view_as(StandardOptions).runner
+    if runner not in ("FlinkRunner", "SparkRunner"):
+        return None
+    _use_our_harness(options)
+    cloud = options.view_as(GoogleCloudOptions)  # where Beam keeps the name of any runner's job
+    cloud.job_name = cloud.job_name or f"hardness-{uuid.uuid4().hex[:12]}"
+    if runner == "FlinkRunner":
+        return Placement(runner, cloud.job_name, _place_on_flink(options))
+    _place_on_spark(options)
+    return Placement(runner, cloud.job_name, page=None)
+
+
+def _use_our_harness(options: PipelineOptions) -> None:
+    """Has machines start `hardness-harness`, unless the user says how they start one."""
+    portable = options.view_as(PortableOptions)
+    if portable.environment_type is None:
+        command = Path(sys.executable).with_name(harness.COMMAND)
+        if not command.exists():
+            raise ConfigurationError(f"{command} is missing: install this project there (`pip install -e .`)")
+        portable.environment_type = "PROCESS"
+        portable.environment_config = json.dumps({"command": str(command)})
+
+
+def _place_on_flink(options: PipelineOptions) -> str | None:
+    """The cluster of `--flink_master` or `--job_endpoint`, else the one of `make flink-up`; gives its address."""
+    portable, flink = options.view_as(PortableOptions), options.view_as(FlinkRunnerOptions)
+    master = None if flink.flink_master in ("[auto]", "[local]") else flink.flink_master
+    if master is None and portable.job_endpoint is None:
+        cluster = local_flink.find(local_flink.cluster_folder())
+        if cluster is None:
+            raise ConfigurationError(
+                "no Flink cluster: `make flink-up` starts one on this machine; for another one, FLINK_MASTER=host:port "
+                "(--flink_master, its JobManager's page)"
+            )
+        master, portable.job_endpoint = cluster.rest, cluster.job_endpoint
+    if portable.job_endpoint is None and flink.flink_job_server_jar is None:
+        require_java()
+        flink.flink_job_server_jar = str(job_server("flink"))
+    if master is None:
+        return None
+    slots = Flink(master).slots()
+    if not slots.total:
+        raise ConfigurationError(f"the Flink cluster at {master} has no slots: is a TaskManager running?")
+    if flink.parallelism < 1:
+        flink.parallelism = slots.total
+    logger.info("Flink at %s: %d TaskManagers, %d slots", master, slots.taskmanagers, slots.total)
+    return str(master)
+
+
+def _place_on_spark(options: PipelineOptions) -> None:
+    """The master of `--spark_master_url`, by default this machine."""
+    portable, spark = options.view_as(PortableOptions), options.view_as(SparkRunnerOptions)
+    if portable.job_endpoint is None and spark.spark_job_server_jar is None:
+        require_java()
+        spark.spark_job_server_jar = str(job_server("spark"))
