@@ -114,9 +114,9 @@ class Job:
         }
         return [str(part) for item in flags.items() for part in item]
 
-    def start(self, output: Path, log: Path, prefix: Sequence[str] = ()) -> Run:
-        """Starts a run; `prefix` is a command that runs commands, as `nice` is."""
-        command = [*prefix, sys.executable, "-m", "pipeline.score_corpus", *self.flags(output)]
+    def start(self, output: Path, log: Path, prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> Run:
+        """Starts a run; `prefix` is a command that runs commands, as `nice` is, `flags` come after the job's own."""
+        command = [*prefix, sys.executable, "-m", "pipeline.score_corpus", *self.flags(output), *flags]
         return Run(command, log, {**os.environ, **self.environment})
 
 

@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline.engines import harness, local_flink
-from pipeline.engines.flink_rest import Flink
+from pipeline.engines.flink_rest import Flink, NoAnswerError
 from pipeline.engines.installation import job_server, require_java
 from pipeline.engines.placement import Placement
 from scorer.errors import ConfigurationError
@@ -72,7 +72,10 @@ def _place_on_flink(options: PipelineOptions) -> str | None:
         flink.flink_job_server_jar = str(job_server("flink"))
     if master is None:
         return None
-    slots = Flink(master).slots()
+    try:
+        slots = Flink(master).slots()
+    except NoAnswerError as error:
+        raise ConfigurationError(f"{error}. Expected --flink_master to be the host:port of its page") from error
     if not slots.total:
         raise ConfigurationError(f"the Flink cluster at {master} has no slots: is a TaskManager running?")
     if flink.parallelism < 1:

@@ -1,0 +1,90 @@
+"""What an engine starts on its machines: it ends with its engine, and does not outlive a harness that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from benchmarks.small_job import wait_until
+
+FLAGS = ("--id", "1-1", "--provision_endpoint", "localhost:9")  # where nobody listens: the child goes on asking
+ENGINE = f"""
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-m", "pipeline.engines.harness", *{FLAGS!r}]).pid, flush=True)
+sys.stdin.read()
+"""
+Start = Callable[..., psutil.Process]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a harness from a process that stands for the engine, until it has a child; gives the parent."""
+    engines = []
+
+    def begin(**environment: str) -> psutil.Process:
+        engine = subprocess.Popen(
+            [sys.executable, "-c", ENGINE],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        engines.append(engine)
+        assert engine.stdout is not None
+        parent = psutil.Process(int(engine.stdout.readline()))
+        assert wait_until(lambda: len(parent.children()) == 1)
+        return parent
+
+    yield begin
+    for engine in engines:
+        with suppress(ProcessLookupError):
+            os.killpg(engine.pid, signal.SIGKILL)
+        engine.communicate()
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_harness_that_is_stopped_is_killed(start: Start) -> None:
+    parent = start(HARDNESS_HARNESS_SILENT_SECONDS="2")
+    (child,) = parent.children()
+    child.suspend()
+    assert wait_until(lambda: is_gone(child) and is_gone(parent))
+
+
+def test_a_harness_that_starts_slowly_is_left_alone(start: Start) -> None:
+    """Its heart beats while it imports, and while it waits for the engine."""
+    parent = start(HARDNESS_HARNESS_SILENT_SECONDS="5")
+    (child,) = parent.children()
+    assert not wait_until(lambda: is_gone(child), seconds=8)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_the_harness_ends_with_its_parent(start: Start, how: signal.Signals) -> None:
+    parent = start()
+    (child,) = parent.children()
+    parent.send_signal(how)
+    assert wait_until(lambda: is_gone(child) and is_gone(parent))
+
+
+def test_both_end_with_an_engine_that_was_killed(start: Start) -> None:
+    parent = start()
+    (child,) = parent.children()
+    parent.parent().kill()
+    assert wait_until(lambda: is_gone(child) and is_gone(parent))
+
+
+def test_the_parent_ends_with_its_harness(start: Start) -> None:
+    parent = start()
+    parent.children()[0].kill()
+    assert wait_until(lambda: is_gone(parent))
