@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -18,12 +19,16 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline.engines import harness, local_flink
-from pipeline.engines.flink_rest import Flink, NoAnswerError
+from pipeline.engines.flink_rest import Flink, NoAnswerError, Slots
 from pipeline.engines.installation import job_server, require_java
 from pipeline.engines.placement import Placement
 from scorer.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 60.0
+_TALKERS = ("apache_beam.utils.subprocess_server", "FlinkJarJobServer", "SparkJarJobServer")
+"""Of Beam's, they warn of each job server that starts or ends, and each second until it answers."""
 
 
 def place(options: PipelineOptions) -> Placement | None:
@@ -35,6 +40,8 @@ def place(options: PipelineOptions) -> Placement | None:
     runner = options.view_as(StandardOptions).runner
     if runner not in ("FlinkRunner", "SparkRunner"):
         return None
+    for talker in _TALKERS:
+        logging.getLogger(talker).setLevel(logging.ERROR)
     _use_our_harness(options)
     cloud = options.view_as(GoogleCloudOptions)  # where Beam keeps the name of any runner's job
     cloud.job_name = cloud.job_name or f"hardness-{uuid.uuid4().hex[:12]}"
@@ -72,16 +79,31 @@ def _place_on_flink(options: PipelineOptions) -> str | None:
         flink.flink_job_server_jar = str(job_server("flink"))
     if master is None:
         return None
-    try:
-        slots = Flink(master).slots()
-    except NoAnswerError as error:
-        raise ConfigurationError(f"{error}. Expected --flink_master to be the host:port of its page") from error
-    if not slots.total:
-        raise ConfigurationError(f"the Flink cluster at {master} has no slots: is a TaskManager running?")
+    slots = _await_slots(Flink(master))
     if flink.parallelism < 1:
         flink.parallelism = slots.total
     logger.info("Flink at %s: %d TaskManagers, %d slots", master, slots.taskmanagers, slots.total)
     return str(master)
+
+
+def _await_slots(flink: Flink) -> Slots:
+    """Waits a while: JobManager and TaskManagers may have been started just before the driver."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    is_told = False
+    while True:
+        try:
+            slots = flink.slots()
+            reason = f"the Flink cluster at {flink.url} has no slots: is a TaskManager running?"
+        except NoAnswerError as error:
+            slots, reason = Slots(0, 0, 0), f"{error}. Expected --flink_master to be the host:port of its page"
+        if slots.total:
+            return slots
+        if time.monotonic() > deadline:
+            raise ConfigurationError(reason)
+        if not is_told:
+            logger.info("waiting for Flink at %s", flink.url)
+        is_told = True
+        time.sleep(1.0)
 
 
 def _place_on_spark(options: PipelineOptions) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.small_job import Job, Run, files_in, shards_in, wait_until, write_alm, write_corpus
 from pipeline import score_corpus, verify
-from pipeline.engines import local_flink
+from pipeline.engines import local_flink, runners
 from pipeline.engines.flink_rest import Flink
 from pipeline.engines.installation import flink_home, job_server, require_java
 from pipeline.engines.local_flink import LocalFlink
@@ -165,6 +165,7 @@ def test_a_cluster_that_is_not_there_is_an_error_that_says_how_to_start_one(
     monkeypatch.setenv("HARDNESS_ENGINES", str(tmp_path / "engines"))
     with pytest.raises(ConfigurationError, match=r"no Flink cluster: `make flink-up`.*FLINK_MASTER"):
         score_corpus.main([*job.flags(output), "--runner", "FlinkRunner"])
+    monkeypatch.setattr(runners, "_PATIENCE_SECONDS", 0.0)
     with pytest.raises(ConfigurationError, match="localhost:9 does not answer"):
         score_corpus.main(
             [*job.flags(output), "--runner=FlinkRunner", "--flink_master=localhost:9", "--job_endpoint=localhost:9"]
