@@ -100,13 +100,13 @@ def _counts(progress: Progress) -> Table:
     if progress.state != "complete":
         rows["driver"] = progress.driver or "none: run the same command again to go on"
     if progress.engine is not None:
-        rows["engine"] = f"{progress.engine.runner}: {progress.engine.state}"
-        rows["page"] = progress.engine.page or "unknown"
+        rows["engine"] = ": ".join(filter(None, (progress.engine.runner, progress.engine.state)))
+        rows |= {"page": progress.engine.page} if progress.engine.page else {}
     table = Table.grid(padding=(0, 2))
     colour = _COLOURS[progress.state]
     table.add_row("", ProgressBar(max(1, progress.planned), progress.done, width=40, complete_style=colour))
     for name, value in rows.items():
-        table.add_row(Text(name, "dim"), Text(value))
+        table.add_row(Text(name, "dim"), Text(value, overflow="fold"))
     return table
 
 

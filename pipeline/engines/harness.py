@@ -16,15 +16,14 @@ import json
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import FrameType
 
+from pipeline.engines.leash import LOOK_SECONDS, hold
 from scorer.console import log_to_stderr
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ SILENT_VARIABLE = "HARDNESS_HARNESS_SILENT_SECONDS"
 """Seconds without a sign of life after which a harness is killed."""
 _DEFAULT_SILENT_SECONDS = 120.0
 _BEAT_SECONDS = 1.0
-_STOP_SECONDS = 5.0
 _PROVISION_SECONDS = 60.0
 _PULSE_VARIABLE = "HARDNESS_HARNESS_PULSE"
 
@@ -58,30 +56,13 @@ def main() -> None:
 
 def _watch(flags: Sequence[str]) -> int:
     """Runs Beam's harness until it ends, hangs, or is not wanted any more; gives its exit code."""
-    engine = os.getppid()
-    signal.signal(signal.SIGTERM, _leave)
     reading, writing = os.pipe()
-    child = subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *flags],
-        env={**os.environ, _PULSE_VARIABLE: str(writing)},
-        pass_fds=[writing],
-    )
-    os.close(writing)
-    try:
-        return _feel_pulse(child, reading, engine)
-    finally:
-        child.terminate()  # its worker ends when it finds nobody at the other end
-        try:
-            child.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-
-
-def _feel_pulse(child: subprocess.Popen[bytes], reading: int, engine: int) -> int:
     longest = float(os.environ.get(SILENT_VARIABLE, _DEFAULT_SILENT_SECONDS))
     beat = time.monotonic()
-    while os.getppid() == engine:
-        if select.select([reading], [], [], _BEAT_SECONDS)[0]:
+
+    def feel_pulse(child: subprocess.Popen[bytes]) -> int | None:
+        nonlocal beat
+        if select.select([reading], [], [], LOOK_SECONDS)[0]:
             if not os.read(reading, 4096):
                 return child.wait()
             beat = time.monotonic()
@@ -89,12 +70,10 @@ def _feel_pulse(child: subprocess.Popen[bytes], reading: int, engine: int) -> in
             logger.error("the harness %d has not been heard of for %.0f s: it is killed", child.pid, longest)
             child.kill()
             return 1
-    logger.error("the engine that started this harness is gone: it ends")
-    return 1
+        return None
 
-
-def _leave(_: int, __: FrameType | None) -> None:
-    sys.exit(0)
+    environment = {**os.environ, _PULSE_VARIABLE: str(writing)}
+    return hold([sys.executable, "-m", _MODULE, *flags], environment, [writing], feel_pulse)
 
 
 # --- The child

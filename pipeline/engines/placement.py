@@ -33,8 +33,8 @@ class EngineState:
     """What an engine says of a job, as `pipeline.status` shows it."""
 
     runner: str
-    state: str
-    """RUNNING, RESTARTING, …; 'unknown' where the engine does not answer."""
+    state: str | None
+    """RUNNING, RESTARTING, …; None where the engine has no word for it, or does not answer."""
     page: str | None
 
 
@@ -65,12 +65,12 @@ def read_state(folder: str) -> EngineState | None:
     placement = _read(folder)
     if placement is None:
         return None
-    state, page = "unknown", placement.page
+    state, page = None, placement.page
     if placement.runner == "FlinkRunner" and placement.page:
         flink = Flink(placement.page)
         with suppress(NoAnswerError):
             job = flink.find(placement.job)
-            state, page = (job.state, flink.page(job)) if job else ("not there", page)
+            state, page = (job.state, flink.page(job)) if job else (None, page)
     return EngineState(placement.runner, state, page)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from apache_beam.options.pipeline_options import (
     FlinkRunnerOptions,
     GoogleCloudOptions,
+    JobServerOptions,
     PipelineOptions,
     PortableOptions,
     SparkRunnerOptions,
@@ -21,12 +23,16 @@ from apache_beam.options.pipeline_options import (
 from pipeline.engines import harness, local_flink
 from pipeline.engines.flink_rest import Flink, NoAnswerError, Slots
 from pipeline.engines.installation import job_server, require_java
+from pipeline.engines.leash import JAVA_COMMAND
 from pipeline.engines.placement import Placement
 from scorer.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 60.0
+_BEAMS_SPARK_MASTER = "local[4]"
+"""Beam's default, with which a worker that is killed ends the job: Spark tries nothing again."""
+_SPARK_ATTEMPTS = 4
 _TALKERS = ("apache_beam.utils.subprocess_server", "FlinkJarJobServer", "SparkJarJobServer")
 """Of Beam's, they warn of each job server that starts or ends, and each second until it answers."""
 
@@ -55,11 +61,23 @@ def _use_our_harness(options: PipelineOptions) -> None:
     """Has machines start `hardness-harness`, unless the user says how they start one."""
     portable = options.view_as(PortableOptions)
     if portable.environment_type is None:
-        command = Path(sys.executable).with_name(harness.COMMAND)
-        if not command.exists():
-            raise ConfigurationError(f"{command} is missing: install this project there (`pip install -e .`)")
         portable.environment_type = "PROCESS"
-        portable.environment_config = json.dumps({"command": str(command)})
+        portable.environment_config = json.dumps({"command": _our_command(harness.COMMAND)})
+
+
+def _use_job_server_of_ours(options: PipelineOptions) -> None:
+    """Has Java end with the driver: a job server that outlives a killed one would go on, Spark's with the whole job."""
+    require_java()
+    server = options.view_as(JobServerOptions)
+    if server.job_server_java_launcher == "java":
+        server.job_server_java_launcher = _our_command(JAVA_COMMAND)
+
+
+def _our_command(name: str) -> str:
+    command = Path(sys.executable).with_name(name)
+    if not command.exists():
+        raise ConfigurationError(f"{command} is missing: install this project there (`pip install -e .`)")
+    return str(command)
 
 
 def _place_on_flink(options: PipelineOptions) -> str | None:
@@ -74,9 +92,9 @@ def _place_on_flink(options: PipelineOptions) -> str | None:
                 "(--flink_master, its JobManager's page)"
             )
         master, portable.job_endpoint = cluster.rest, cluster.job_endpoint
-    if portable.job_endpoint is None and flink.flink_job_server_jar is None:
-        require_java()
-        flink.flink_job_server_jar = str(job_server("flink"))
+    if portable.job_endpoint is None:
+        _use_job_server_of_ours(options)
+        flink.flink_job_server_jar = flink.flink_job_server_jar or str(job_server("flink"))
     if master is None:
         return None
     slots = _await_slots(Flink(master))
@@ -107,8 +125,11 @@ def _await_slots(flink: Flink) -> Slots:
 
 
 def _place_on_spark(options: PipelineOptions) -> None:
-    """The master of `--spark_master_url`, by default this machine."""
+    """The master of `--spark_master_url`, by default this machine, a task a core."""
     portable, spark = options.view_as(PortableOptions), options.view_as(SparkRunnerOptions)
-    if portable.job_endpoint is None and spark.spark_job_server_jar is None:
-        require_java()
-        spark.spark_job_server_jar = str(job_server("spark"))
+    if portable.job_endpoint is None:
+        _use_job_server_of_ours(options)
+        spark.spark_job_server_jar = spark.spark_job_server_jar or str(job_server("spark"))
+    if spark.spark_master_url == _BEAMS_SPARK_MASTER:
+        spark.spark_master_url = f"local[{len(os.sched_getaffinity(0))},{_SPARK_ATTEMPTS}]"
+    logger.info("Spark at %s", spark.spark_master_url)

@@ -159,6 +159,23 @@ def test_spark_gives_the_bytes_of_one_machine(start: Start, output: Path, expect
     assert wait_until(lambda: not run.group())
 
 
+def test_spark_ends_with_a_driver_that_was_killed_and_a_rerun_completes_the_job(
+    start: Start, output: Path, expected: dict[str, bytes]
+) -> None:
+    require(require_java, lambda: job_server("spark"))
+    flags = ("--runner", "SparkRunner", "--spark_master_url", "local[2,4]")
+    run = start(*flags)
+    assert wait_until(lambda: run.is_over or bool(shards_in(output)))
+    run.process.kill()
+    assert run.wait() == -signal.SIGKILL, run.text
+    assert wait_until(lambda: not run.group())
+    published = {path.name: path.stat().st_ino for path in shards_in(output)}
+    again = start(*flags)
+    assert again.wait() == 0, again.text
+    assert files_in(output) == expected
+    assert {name: (output / name).stat().st_ino for name in published} == published
+
+
 def test_a_cluster_that_is_not_there_is_an_error_that_says_how_to_start_one(
     job: Job, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
