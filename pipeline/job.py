@@ -216,19 +216,22 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
 def _without_tracebacks() -> Iterator[None]:
     """Keeps Beam from logging a traceback for what `_run` reports by its message."""
     logger_of_dofns = logging.getLogger("apache_beam.runners.common")
+    logger_of_engines = logging.getLogger()  # what a job server has to say
     hook = threading.excepthook
 
-    def drop(_: logging.LogRecord) -> bool:
-        return False
+    def drop(record: logging.LogRecord) -> bool:
+        return record.name == "root" and record.module != "portable_runner"
 
     def drop_lost_connections(arguments: threading.ExceptHookArgs) -> None:
         if not isinstance(arguments.exc_value, grpc.RpcError):
             hook(arguments)
 
     logger_of_dofns.addFilter(drop)
+    logger_of_engines.addFilter(drop)
     threading.excepthook = drop_lost_connections
     try:
         yield
     finally:
         logger_of_dofns.removeFilter(drop)
+        logger_of_engines.removeFilter(drop)
         threading.excepthook = hook
