@@ -148,9 +148,9 @@ class ClusterScene(Scene):
         """Started by TaskManagers, and not by the driver."""
         return self.cluster.workers()
 
-    def reach(self, run: Run, at_least: int = 1, at_start: bool = False) -> None:
-        """Waits for the random moment to strike; where some shards are there, a harness works at others."""
-        super().reach(run, at_least, at_start)
+    def reach(self, run: Run, at_least: int = 1, at_start: bool = False, at_most: int | None = None) -> None:
+        """Waits for the random moment to strike: where some shards are there, and not all but a few."""
+        super().reach(run, at_least, at_start, at_most or len(self.undisturbed.shards) // 2)
         word = self.output / ENGINE_NAME
         self.job_name = json.loads(word.read_text())["job"] if word.exists() else ""
 
@@ -425,8 +425,8 @@ def disk_full(scene: ClusterScene) -> None:
 KINDS: dict[str, Callable[[ClusterScene], None]] = {
     kind.__name__: kind
     for kind in (
-        *(worker_kill, harness_kill, watcher_kill, worker_stop, harness_stop),
-        *(taskmanager_kill, taskmanager_pause, jobmanager_kill, job_server_kill, flink_down, machine_loss),
+        *(job_server_kill, jobmanager_kill, taskmanager_kill, taskmanager_pause, flink_down, machine_loss),
+        *(harness_stop, watcher_kill, harness_kill, worker_kill, worker_stop),
         *(driver_kill, driver_kill_late, sigint, sigterm, two_drivers, disk_full),
         *(taskmanager_kill_spare, taskmanager_stop_spare),  # last: they want a cluster of their own
     )

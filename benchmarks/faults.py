@@ -148,13 +148,14 @@ class Scene:
         self.runs.append(run)
         return run
 
-    def reach(self, run: Run, at_least: int = 0, at_start: bool = False) -> None:
+    def reach(self, run: Run, at_least: int = 0, at_start: bool = False, at_most: int | None = None) -> None:
         """Waits for the random moment to strike.
 
         Args:
             run: of the job.
             at_least: shards that must be published by then.
             at_start: it may also be before the job begins its work.
+            at_most: shards that are waited for; None: all but one.
 
         Raises:
             MissedError: the run ended before.
@@ -163,7 +164,7 @@ class Scene:
             seconds = self.random.random() * self.undisturbed.start_up_seconds
             self.moment = f"{seconds:.1f} s after the start"
         else:
-            count = self.random.randint(at_least, len(self.undisturbed.shards) - 1)
+            count = self.random.randint(at_least, at_most or len(self.undisturbed.shards) - 1)
             work = self.undisturbed.seconds - self.undisturbed.start_up_seconds
             seconds = self.random.random() * max(0.1, work) / len(self.undisturbed.shards)
             self.moment = f"{seconds:.2f} s after {count} shards" if count else f"{seconds:.2f} s after the lease"
