@@ -125,6 +125,9 @@ class Campaign:
 
 
 def _outcome(kind: str, scene: Scene) -> Outcome:
+    def legible(lines: Sequence[str]) -> list[str]:
+        return [line.replace(str(scene.folder), "…") for line in lines]
+
     return Outcome(
         kind=kind,
         moment=scene.moment,
@@ -135,8 +138,8 @@ def _outcome(kind: str, scene: Scene) -> Outcome:
         remade_without_need=scene.remade_without_need,
         seconds_lost=round(scene.seconds_lost, 2),
         cpu_seconds_lost=round(scene.cpu_seconds_lost, 2),
-        notes=scene.notes,
-        violations=scene.violations,
+        notes=legible(scene.notes),
+        violations=legible(scene.violations),
     )
 
 
