@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -79,6 +80,10 @@ class Campaign:
     job: Job
     undisturbed: Undisturbed
     seed: int
+    kinds: Mapping[str, Callable[..., None]] = field(default_factory=lambda: KINDS)
+    """Each with the function that makes it happen."""
+    setting: Callable[..., Scene] = Scene
+    """Makes scenes: what stands around the job."""
     outcomes: list[Outcome] = field(default_factory=list)
 
     def strike(self, kind: str, variant: int) -> Outcome:
@@ -87,7 +92,7 @@ class Campaign:
             scene = self._scene(kind, variant, attempt)
             try:
                 with scene.cleanup:
-                    KINDS[kind](scene)
+                    self.kinds[kind](scene)
                     scene.mend()
                     scene.check()
                     outcome = _outcome(kind, scene)
@@ -110,7 +115,7 @@ class Campaign:
         scratch = folder / "tmp"
         scratch.mkdir(parents=True)
         scratch.chmod(0o1777)
-        return Scene(
+        return self.setting(
             folder=folder,
             job=replace(self.job, environment={"TMPDIR": str(scratch)}),
             undisturbed=self.undisturbed,
@@ -120,6 +125,9 @@ class Campaign:
 
 
 def _outcome(kind: str, scene: Scene) -> Outcome:
+    def legible(lines: Sequence[str]) -> list[str]:
+        return [line.replace(str(scene.folder), "…") for line in lines]
+
     return Outcome(
         kind=kind,
         moment=scene.moment,
@@ -130,25 +138,31 @@ def _outcome(kind: str, scene: Scene) -> Outcome:
         remade_without_need=scene.remade_without_need,
         seconds_lost=round(scene.seconds_lost, 2),
         cpu_seconds_lost=round(scene.cpu_seconds_lost, 2),
-        notes=scene.notes,
-        violations=scene.violations,
+        notes=legible(scene.notes),
+        violations=legible(scene.violations),
     )
 
 
-def prepare(folder: Path, job: Job, seed: int = 0, repeats: int = 1) -> Campaign:
+def prepare(folder: Path, job: Job, seed: int = 0, repeats: int = 1, files: dict[str, bytes] | None = None) -> Campaign:
     """Runs a job undisturbed and then once more, several times over, and takes the medians of their times.
+
+    Args:
+        folder: of the campaign.
+        job: to be disturbed later.
+        seed: of the moments, victims and places.
+        repeats: how many times over.
+        files: what the job must give, if that is known already.
 
     Raises:
         RuntimeError: the undisturbed job fails, or does not give the same bytes each time.
     """
     runs: list[tuple[Run, Run]] = []
-    files: dict[str, bytes] | None = None
     for number in range(repeats):
         output = folder / f"undisturbed-{number}"
-        runs.append((_run_well(job, output), _run_well(job, output)))
+        runs.append((run_well(job, output), run_well(job, output)))
         found = files_in(output)
         if files not in (None, found):
-            raise RuntimeError(f"two undisturbed runs gave other bytes: see {folder}/undisturbed-*")
+            raise RuntimeError(f"undisturbed runs gave other bytes: see {output}")
         files = found
     assert files is not None
     undisturbed = Undisturbed(
@@ -161,7 +175,12 @@ def prepare(folder: Path, job: Job, seed: int = 0, repeats: int = 1) -> Campaign
     return Campaign(folder, job, undisturbed, seed)
 
 
-def _run_well(job: Job, output: Path) -> Run:
+def run_well(job: Job, output: Path) -> Run:
+    """Runs a job to its end.
+
+    Raises:
+        RuntimeError: it fails.
+    """
     run = job.start(output, output.with_suffix(".log"))
     if run.wait() != 0:
         run.kill_group()
@@ -171,39 +190,56 @@ def _run_well(job: Job, output: Path) -> Run:
 
 def main() -> int:
     """Runs the command."""
-    flags = _parser().parse_args()
+    flags = parser("benchmarks.fault_campaign", __doc__, list(KINDS), faults=60).parse_args()
+    folder = begin_campaign(flags)
+    campaign = prepare(folder, small_job(flags, folder), flags.seed, flags.repeats)
+    code = strike_all(campaign, flags, Account("benchmarks.fault_campaign", "Faults at random moments"))
+    return end_campaign(flags, folder, code)
+
+
+def begin_campaign(flags: argparse.Namespace) -> Path:
+    """Makes this process fit for a campaign, and its folder."""
     # A shell's background jobs ignore SIGINT and so would the jobs here; a handler of ours is not inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    began = time.monotonic()
     folder = Path(flags.folder or tempfile.mkdtemp(prefix="fault-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # for jobs that run as somebody else
     console.print(f"folders in {folder}")
-    campaign = prepare(folder, _job(flags, folder), flags.seed, flags.repeats)
+    return folder
+
+
+def strike_all(campaign: Campaign, flags: argparse.Namespace, account: Account) -> int:
+    """Makes all faults happen, and writes down what came of them; gives the exit code."""
+    began = time.monotonic()
     shards, calm = len(campaign.undisturbed.shards), campaign.undisturbed
     console.print(f"undisturbed: {shards} shards in {calm.seconds:.1f} s, {calm.start_up_seconds:.1f} s a start-up")
     for number in range(flags.faults):
         kind = flags.kinds[number % len(flags.kinds)]
         outcome = campaign.strike(kind, number // len(flags.kinds))
         _show(f"[{number + 1}/{flags.faults}]", outcome)
-        report = _report(campaign, flags, time.monotonic() - began)
+        report = _report(campaign, flags, account, time.monotonic() - began)
         for path in map(Path, flags.output):  # after each fault: a campaign may be cut short
-            path.write_text(_markdown(report) if path.suffix == ".md" else json.dumps(report, indent=2) + "\n")
+            path.write_text(_markdown(report, account) if path.suffix == ".md" else json.dumps(report, indent=2) + "\n")
     console.print(_table(campaign.outcomes))
     failed = [outcome for outcome in campaign.outcomes if outcome.violations]
     if failed:
-        console.print(f"[red]{len(failed)} faults broke a promise[/]: what they left is in {folder}")
-        return 1
-    if not flags.folder:
+        console.print(f"[red]{len(failed)} faults broke a promise[/]: what they left is in {campaign.folder}")
+    return 1 if failed else 0
+
+
+def end_campaign(flags: argparse.Namespace, folder: Path, code: int) -> int:
+    """Removes the folder of a campaign, unless somebody wants to look at it; passes the exit code on."""
+    if code == 0 and not flags.folder:
         shutil.rmtree(folder)
-    return 0
+    return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fault_campaign", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--faults", type=int, default=60, help="in all, the kinds taken in turn")
+def parser(module: str, description: str, kinds: Sequence[str], faults: int) -> argparse.ArgumentParser:
+    """Flags of a campaign."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.partition("\n\n")[0])
+    parser.add_argument("--faults", type=int, default=faults, help="in all, the kinds taken in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, victims and places")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND")
     parser.add_argument("--output", nargs="+", default=[], metavar="FILE", help="results, as .md or .json")
     parser.add_argument("--folder", help="for the jobs (default: a temporary one, kept only if something is wrong)")
     parser.add_argument("--corpus", type=Path, help="text (default: some is made up)")
@@ -214,13 +250,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(flags: argparse.Namespace, folder: Path) -> Job:
+def small_job(flags: argparse.Namespace, folder: Path) -> Job:
+    """The job of the flags, and its corpus and ALM where they name none."""
     corpus = flags.corpus or write_corpus(folder / "corpus")
     alm = flags.alm or write_alm(folder / "alm", corpus)
-    return Job(corpus.resolve(), alm.resolve(), flags.split_bytes, flags.workers, {"TMPDIR": str(folder)})
+    environment = {"TMPDIR": str(folder)}
+    return Job(corpus.resolve(), alm.resolve(), flags.split_bytes, flags.workers, environment=environment)
 
 
 # --- Results
+
+
+@dataclass(frozen=True)
+class Account:
+    """How a campaign gives account of itself."""
+
+    module: str
+    """What `python -m` runs."""
+    title: str
+    setting: str = ""
+    """What the job runs on, in sentences."""
+    has_cpu_seconds: bool = True
+    """Whether all processes of the job are seen, and so their CPU time."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the table."""
+        return [name for name in _COLUMNS if self.has_cpu_seconds or not name.startswith("CPU")]
+
+    @property
+    def definitions(self) -> str:
+        """What the columns mean."""
+        lines = _DEFINITIONS.split("\n- ")
+        return "\n- ".join(line for line in lines if self.has_cpu_seconds or not line.startswith("**CPU"))
 
 
 def _show(number: str, outcome: Outcome) -> None:
@@ -288,10 +350,10 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _report(campaign: Campaign, flags: argparse.Namespace, seconds: float) -> dict[str, object]:
+def _report(campaign: Campaign, flags: argparse.Namespace, account: Account, seconds: float) -> dict[str, Any]:
     calm = campaign.undisturbed
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.fault_campaign", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", account.module, *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "commit": _git("rev-parse", "HEAD") + (" with changes" if _git("status", "--porcelain", "-uno") else ""),
         "hardware": _hardware(),
@@ -319,26 +381,30 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _markdown(report: dict[str, object]) -> str:
+def _markdown(report: dict[str, Any], account: Account) -> str:
+    columns = account.columns
+    undisturbed, start_up = f"{report['undisturbed_seconds']} s", f"{report['start_up_seconds']} s"
+    if account.has_cpu_seconds:
+        undisturbed += f" ({report['undisturbed_cpu_seconds']} s of CPU time)"
+        start_up += f" ({report['start_up_cpu_seconds']} s)"
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        "# Faults at random moments",
+        f"# {account.title}",
         "",
         f"Hardware: {report['hardware']}. Versions: {versions}. Commit: {report['commit']}. Date: {report['date']}.",
         "",
         f"```\n{report['command']}\n```",
         "",
         f"{len(report['faults'])} faults in {report['seconds'] / 60:.0f} minutes, seed {report['seed']}. The job: "
-        f"{report['shards']} shards by {report['workers']} workers, {report['undisturbed_seconds']} s undisturbed "
-        f"({report['undisturbed_cpu_seconds']} s of CPU time); a run that finds everything done takes "
-        f"{report['start_up_seconds']} s ({report['start_up_cpu_seconds']} s). After each fault: the same command "
-        "again, `verify`, and a comparison of every file with that of the undisturbed run.",
+        f"{report['shards']} shards by {report['workers']} workers, {undisturbed} undisturbed; a run that finds "
+        f"everything done takes {start_up}. After each fault: the same command again, `verify`, and a comparison of "
+        f"every file with that of the undisturbed run. {account.setting}".rstrip(),
         "",
-        "| " + " | ".join(_COLUMNS) + " |",
-        "|" + "---|" * len(_COLUMNS),
-        *("| " + " | ".join(row.values()) + " |" for row in report["table"]),
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row[name] for name in columns) + " |" for row in report["table"]),
         "",
-        _DEFINITIONS,
+        account.definitions,
     ]
     broken = [fault for fault in report["faults"] if fault["violations"]]
     if broken:

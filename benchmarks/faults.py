@@ -137,6 +137,10 @@ class Scene:
 
     # --- What kinds of faults are made of
 
+    def workers(self, run: Run) -> list[psutil.Process]:
+        """What makes the shards of a run, and lives."""
+        return run.workers()
+
     def start(self) -> Run:
         """Starts the job; its time counts as the job's."""
         run = self.job.start(self.output, self.folder / f"run-{len(self.runs) + 1}.log", self.prefix)
@@ -144,13 +148,14 @@ class Scene:
         self.runs.append(run)
         return run
 
-    def reach(self, run: Run, at_least: int = 0, at_start: bool = False) -> None:
+    def reach(self, run: Run, at_least: int = 0, at_start: bool = False, at_most: int | None = None) -> None:
         """Waits for the random moment to strike.
 
         Args:
             run: of the job.
             at_least: shards that must be published by then.
             at_start: it may also be before the job begins its work.
+            at_most: shards that are waited for; None: all but one.
 
         Raises:
             MissedError: the run ended before.
@@ -159,7 +164,7 @@ class Scene:
             seconds = self.random.random() * self.undisturbed.start_up_seconds
             self.moment = f"{seconds:.1f} s after the start"
         else:
-            count = self.random.randint(at_least, len(self.undisturbed.shards) - 1)
+            count = self.random.randint(at_least, at_most or len(self.undisturbed.shards) - 1)
             work = self.undisturbed.seconds - self.undisturbed.start_up_seconds
             seconds = self.random.random() * max(0.1, work) / len(self.undisturbed.shards)
             self.moment = f"{seconds:.2f} s after {count} shards" if count else f"{seconds:.2f} s after the lease"
@@ -172,7 +177,7 @@ class Scene:
     def strike(self, run: Run, blow: Callable[[], object]) -> None:
         """Strikes a run, after a look at what must outlast it."""
         self.ledger.look(self.output)
-        self.in_flight = min(len(run.workers()), len(self.undisturbed.shards) - len(shards_in(self.output)))
+        self.in_flight = min(len(self.workers(run)), len(self.undisturbed.shards) - len(shards_in(self.output)))
         run.measure()
         blow()
         self.published = len(self.ledger)
@@ -279,7 +284,7 @@ def worker_kill(scene: Scene) -> None:
     """Kill -9 of a worker: the job replaces it, and ends well by itself."""
     run = scene.start()
     scene.reach(run)
-    workers = run.workers()
+    workers = scene.workers(run)
     if not workers:
         raise MissedError("no worker was there to be killed")
     scene.strike(run, scene.random.choice(workers).kill)
@@ -336,7 +341,7 @@ def stop_worker(scene: Scene) -> None:
     """SIGSTOP of a worker for some seconds; the lost seconds contain the pause."""
     run = scene.start()
     scene.reach(run)
-    workers = run.workers()
+    workers = scene.workers(run)
     if not workers:
         raise MissedError("no worker was there to be stopped")
     _pause(scene, run, scene.random.choice(workers))
@@ -393,26 +398,42 @@ def two_drivers(scene: Scene) -> None:
 
 def disk_full(scene: Scene) -> None:
     """A disk that is too small, or that something else fills: the job says so, and goes on once there is room."""
-    needed = scene.undisturbed.pages_bytes
-    is_filled = scene.variant % 2 == 1
-    small = _PAGE_BYTES * max(1, int(needed * scene.random.uniform(0.02, 0.95)) // _PAGE_BYTES)
-    disk = _mount(scene, _LARGE_DISK_BYTES if is_filled else small)
-    scene.output = disk / "shards"
-    run = scene.start()
-    if is_filled:
-        scene.reach(run)
-        scene.moment += ", filled by another file"
-        scene.strike(run, lambda: _fill(disk / "filler"))
+    if scene.variant % 2:
+        disk_filled(scene)
     else:
-        scene.moment = f"{small / 1024:,.0f} KiB of the {needed / 1024:,.0f} KiB that it takes"
-    code = scene.end(run, [0, 1, 2] if is_filled else [1, 2], [r"error: .*(No space left|free|room)"])
-    scene.published = scene.published or len(scene.ledger)
-    scene.notes.append(f"exit code {code}: {last_line(run.text)}")
-    (disk / "filler").unlink(missing_ok=True)
+        _disk_too_small(scene)
+
+
+def disk_filled(scene: Scene) -> None:
+    """A disk that something else fills while the job runs."""
+    disk = _mount(scene, _LARGE_DISK_BYTES)
+    run = scene.start()
+    scene.reach(run)
+    scene.moment += ", filled by another file"
+    scene.strike(run, lambda: _fill(disk / "filler"))
+    _end_for_want_of_space(scene, run, [0, 1, 2])
+    (disk / "filler").unlink()
     _remount(disk, _LARGE_DISK_BYTES)
 
 
+def _disk_too_small(scene: Scene) -> None:
+    needed = scene.undisturbed.pages_bytes
+    small = _PAGE_BYTES * max(1, int(needed * scene.random.uniform(0.02, 0.95)) // _PAGE_BYTES)
+    disk = _mount(scene, small)
+    run = scene.start()
+    scene.moment = f"{small / 1024:,.0f} KiB of the {needed / 1024:,.0f} KiB that it takes"
+    _end_for_want_of_space(scene, run, [1, 2])
+    scene.published = len(scene.ledger)
+    _remount(disk, _LARGE_DISK_BYTES)
+
+
+def _end_for_want_of_space(scene: Scene, run: Run, expected: Sequence[int]) -> None:
+    code = scene.end(run, expected, [r"error: .*(No space left|free|room)"])
+    scene.notes.append(f"exit code {code} after {run.seconds:.0f} s: {last_line(run.text)}")
+
+
 def _mount(scene: Scene, size: int) -> Path:
+    """A small disk, and the shards on it."""
     disk = scene.folder / "disk"
     disk.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
@@ -422,6 +443,7 @@ def _mount(scene: Scene, size: int) -> Path:
     if done.returncode:
         raise SkippedError(f"a small disk cannot be mounted: {done.stderr.strip()}")
     scene.cleanup.callback(_unmount, scene, disk)
+    scene.output = disk / "shards"
     return disk
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +98,8 @@ class Job:
     alm: Path
     split_bytes: int = SPLIT_BYTES
     workers: int = 2
+    more_flags: Sequence[str] = ()
+    """As they stand on the command line: a runner's, say."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """What the job sees beside the environment of this process."""
 
@@ -112,7 +114,7 @@ class Job:
             "--micro_batch": 1,
             "--direct_num_workers": self.workers,
         }
-        return [str(part) for item in flags.items() for part in item]
+        return [*(str(part) for item in flags.items() for part in item), *self.more_flags]
 
     def start(self, output: Path, log: Path, prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> Run:
         """Starts a run; `prefix` is a command that runs commands, as `nice` is, `flags` come after the job's own."""
@@ -172,7 +174,7 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes that live."""
-        return [process for process in self.group() if "pipeline.worker" in _command_line(process)]
+        return workers_among(self.group())
 
     def group(self) -> list[psutil.Process]:
         """All processes that it started and itself, as far as they live; also when it has ended."""
@@ -183,6 +185,11 @@ class Run:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()
+
+
+def workers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that make shards."""
+    return [process for process in processes if "pipeline.worker" in command_line(process)]
 
 
 def _belongs(process: psutil.Process, session: int) -> bool:
@@ -199,7 +206,8 @@ def _cpu_seconds(process: psutil.Process) -> float:
         return 0.0
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def command_line(process: psutil.Process) -> list[str]:
+    """The words of a process's command, none where it is gone."""
     try:
         return process.cmdline()
     except psutil.Error:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.engines.placement import watched
 from pipeline.engines.runners import place
+from pipeline.engines.watching import Watch
 from pipeline.estimate import estimate, require_room
 from pipeline.failures import Tolerance, forget_set_aside
 from pipeline.inputs import BlockInput, TextInput
@@ -29,7 +32,7 @@ from pipeline.publication import Provenance, check_published, remove_temporaries
 from pipeline.shard_making import PackedRecipe, Recipe, Step
 from pipeline.supervision import Crew, Limits, close_all
 from pipeline.transforms import PUBLISHED, MakeShards, PlannedSplits, WriteManifest
-from scorer import errors, files
+from scorer import files
 from scorer.devices import device_count, require_device
 from scorer.errors import ConfigurationError, HardnessError
 from scorer.manifest import RECEIPTS_FOLDER, TOKENIZER_FOLDER, Manifest
@@ -128,8 +131,9 @@ class Job:
                 _workers_ended(self.folder, plan),
                 _without_tracebacks(),
                 watched(self.folder, placement),
+                Watch(placement).looking() as watch,
             ):
-                _run(pipeline)
+                _run(pipeline, watch)
             manifest = check_published(self.folder, plan)
         _summarize(self.folder, manifest)
         return manifest
@@ -178,8 +182,8 @@ def _summarize(folder: str, manifest: Manifest) -> None:
     )
 
 
-def _run(pipeline: beam.Pipeline) -> None:
-    """Runs a pipeline, and finds our own error in what the runner made of it."""
+def _run(pipeline: beam.Pipeline, watch: Watch) -> None:
+    """Runs a pipeline, and makes an error of ours of what the runner made of it."""
     try:
         pipeline.run().wait_until_finish()
     except HardnessError as error:
@@ -187,7 +191,7 @@ def _run(pipeline: beam.Pipeline) -> None:
     except Exception as error:
         if re.search(r"^KeyboardInterrupt\b|: KeyboardInterrupt\b", str(error), re.MULTILINE):
             raise KeyboardInterrupt from error
-        ours = _workers_error(error)
+        ours = watch.explain(error)
         if ours is None:
             raise  # with the worker's traceback, which is in its message
         raise ours from error
@@ -212,19 +216,22 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
 def _without_tracebacks() -> Iterator[None]:
     """Keeps Beam from logging a traceback for what `_run` reports by its message."""
     logger_of_dofns = logging.getLogger("apache_beam.runners.common")
+    logger_of_engines = logging.getLogger()  # what a job server has to say
+    hook = threading.excepthook
 
-    def drop(_: logging.LogRecord) -> bool:
-        return False
+    def drop(record: logging.LogRecord) -> bool:
+        return record.name == "root" and record.module != "portable_runner"
+
+    def drop_lost_connections(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, grpc.RpcError):
+            hook(arguments)
 
     logger_of_dofns.addFilter(drop)
+    logger_of_engines.addFilter(drop)
+    threading.excepthook = drop_lost_connections
     try:
         yield
     finally:
         logger_of_dofns.removeFilter(drop)
-
-
-def _workers_error(error: Exception) -> HardnessError | None:
-    """Finds our own error in what a runner made of it: workers report failures as the text of a traceback."""
-    found = re.findall(r"scorer\.errors\.(\w+): (.*?)(?: \[while running|\n|$)", str(error))
-    kind = getattr(errors, found[-1][0], None) if found else None
-    return kind(found[-1][1]) if kind is not None else None
+        logger_of_engines.removeFilter(drop)
+        threading.excepthook = hook

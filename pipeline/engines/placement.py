@@ -44,20 +44,21 @@ def watched(folder: str, placement: Placement | None) -> Iterator[None]:
 
     What an earlier driver left running is ended first: it would hold the slots, and do the same work.
     """
-    if placement is None:
-        yield
-        return
     path = files.join(folder, ENGINE_NAME)
-    _end_earlier(folder)
-    files.replace(path, files.to_json(asdict(placement)))
+    earlier = _read(folder)
+    is_over = earlier is None or _end(earlier)
+    if placement is not None:
+        files.replace(path, files.to_json(asdict(placement)))
     try:
         yield
+        is_over = True
     except BaseException:
-        _end(placement)
+        is_over = is_over if placement is None else _end(placement)
         raise
     finally:
-        with suppress(StorageError):
-            files.remove(path)
+        if is_over:  # else the next driver ends it
+            with suppress(StorageError):
+                files.remove(path)
 
 
 def read_state(folder: str) -> EngineState | None:
@@ -81,24 +82,20 @@ def _read(folder: str) -> Placement | None:
         return None
 
 
-def _end_earlier(folder: str) -> None:
-    placement = _read(folder)
-    if placement is not None and _end(placement):
-        logger.info("ended %s, which an earlier run had left on %s", placement.job, placement.runner)
-
-
 def _end(placement: Placement) -> bool:
-    """Ends a job on its engine, and says whether there was one."""
+    """Ends a job on its engine; False where it may still be running."""
     if placement.runner != "FlinkRunner" or placement.page is None:
-        return False  # Spark's jobs end with their job server, and that with its driver
+        return True  # Spark's jobs end with their job server, and that with its driver
     flink = Flink(placement.page)
     try:
         job = flink.find(placement.job)
         if job is None or job.has_ended:
-            return False
+            return True
         if not flink.cancel(job):
             logger.warning("Flink has not let go of %s yet: see %s", job.name, flink.page(job))
+            return False
     except NoAnswerError as error:
-        logger.warning("%s; if it comes back, end the job %s there", error, placement.job)
+        logger.warning("%s; if it comes back, the next run ends the job %s there", error, placement.job)
         return False
+    logger.info("ended %s on Flink", job.name)
     return True
