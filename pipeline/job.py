@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner", "PrismRunner")
 _VERSIONED = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
+_TALKERS = ("portable_runner", "subprocess_server")
+"""Modules of Beam's that log, by no logger of their own, what a job server says, and each second without an answer."""
 _SHARDS_AT_A_TIME_ON_CUDA = 3
 """One is scored while another is tokenized and a third is written."""
 
@@ -214,24 +216,29 @@ def _workers_ended(folder: str, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keeps Beam from logging a traceback for what `_run` reports by its message."""
-    logger_of_dofns = logging.getLogger("apache_beam.runners.common")
-    logger_of_engines = logging.getLogger()  # what a job server has to say
-    hook = threading.excepthook
+    """Keeps Beam and its job servers from logging what `_run` reports by its message."""
+    of_dofns, of_engines, hook = (
+        logging.getLogger("apache_beam.runners.common"),
+        logging.getLogger(),
+        threading.excepthook,
+    )
 
-    def drop(record: logging.LogRecord) -> bool:
-        return record.name == "root" and record.module != "portable_runner"
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    def drop_chatter(record: logging.LogRecord) -> bool:
+        return record.module not in _TALKERS
 
     def drop_lost_connections(arguments: threading.ExceptHookArgs) -> None:
         if not isinstance(arguments.exc_value, grpc.RpcError):
             hook(arguments)
 
-    logger_of_dofns.addFilter(drop)
-    logger_of_engines.addFilter(drop)
+    of_dofns.addFilter(drop)
+    of_engines.addFilter(drop_chatter)
     threading.excepthook = drop_lost_connections
     try:
         yield
     finally:
-        logger_of_dofns.removeFilter(drop)
-        logger_of_engines.removeFilter(drop)
+        of_dofns.removeFilter(drop)
+        of_engines.removeFilter(drop_chatter)
         threading.excepthook = hook

@@ -21,7 +21,7 @@ from pipeline.engines.installation import console, engines_folder, flink_home, j
 from pipeline.engines.services import Service, end, marked, wait_until
 from scorer.errors import ConfigurationError, WorkerError
 
-_START_SECONDS = 90.0
+_START_SECONDS = 180.0
 _PAGE_PORT = 8081
 """Flink's own; another one where it is taken."""
 _SETTINGS = {

@@ -33,8 +33,6 @@ _PATIENCE_SECONDS = 60.0
 _BEAMS_SPARK_MASTER = "local[4]"
 """Beam's default, with which a worker that is killed ends the job: Spark tries nothing again."""
 _SPARK_ATTEMPTS = 4
-_TALKERS = ("apache_beam.utils.subprocess_server", "FlinkJarJobServer", "SparkJarJobServer")
-"""Of Beam's, they warn of each job server that starts or ends, and each second until it answers."""
 
 
 def place(options: PipelineOptions) -> Placement | None:
@@ -46,8 +44,7 @@ def place(options: PipelineOptions) -> Placement | None:
     runner = options.view_as(StandardOptions).runner
     if runner not in ("FlinkRunner", "SparkRunner"):
         return None
-    for talker in _TALKERS:
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)  # warns of each start and end
     _use_our_harness(options)
     cloud = options.view_as(GoogleCloudOptions)  # where Beam keeps the name of any runner's job
     cloud.job_name = cloud.job_name or f"hardness-{uuid.uuid4().hex[:12]}"

@@ -151,15 +151,7 @@ def test_ctrl_c_ends_the_job_on_flink_and_a_rerun_completes_it(
     assert {name: (output / name).stat().st_ino for name in published} == published
 
 
-def test_spark_gives_the_bytes_of_one_machine(start: Start, output: Path, expected: dict[str, bytes]) -> None:
-    require(require_java, lambda: job_server("spark"))
-    run = start("--runner", "SparkRunner", "--spark_master_url", "local[2,4]")
-    assert run.wait() == 0, run.text
-    assert files_in(output) == expected
-    assert wait_until(lambda: not run.group())
-
-
-def test_spark_ends_with_a_driver_that_was_killed_and_a_rerun_completes_the_job(
+def test_spark_ends_with_a_driver_that_was_killed_and_a_rerun_gives_the_bytes_of_one_machine(
     start: Start, output: Path, expected: dict[str, bytes]
 ) -> None:
     require(require_java, lambda: job_server("spark"))
