@@ -115,7 +115,7 @@ class Job:
             # One thread of Beam's hands out the splits; the crew does the work.
             direct = options.view_as(DirectOptions)
             direct.direct_running_mode, direct.direct_num_workers = "in_memory", 1
-        placement = place(options)
+        placement = place(options, self.folder)
         plan = adopt_plan(self.folder, self.plan)
         with holding(self.folder):
             _prepare_folder(self.folder, self.tokenizer, self.vocabulary)

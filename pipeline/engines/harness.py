@@ -6,7 +6,8 @@ rest. Two processes come of it: the parent only watches, the child is Beam's own
     engine ──starts──▶ parent ──starts, watches──▶ Beam's harness ──▶ supervisor ──▶ worker (tokenizer, ALM, device)
 
 A harness that hangs or is stopped would keep its slot for ever, since no engine asks it for a sign of life; the parent
-kills it, and the engine begins its splits again. Whichever of them dies, those behind it end as well.
+kills it, and the engine begins its splits again. Whichever of them dies, those behind it end as well; and all of them
+when the job is over, since a harness that its engine forgot would keep its device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pipeline.engines.leash import LOOK_SECONDS, hold
+from pipeline.engines.placement import is_current
 from scorer.console import log_to_stderr
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,11 @@ SILENT_VARIABLE = "HARDNESS_HARNESS_SILENT_SECONDS"
 """Seconds without a sign of life after which a harness is killed."""
 _DEFAULT_SILENT_SECONDS = 120.0
 _BEAT_SECONDS = 1.0
+FOLDER_VARIABLE, JOB_VARIABLE = "HARDNESS_SHARDS", "HARDNESS_JOB"
+"""Set by the driver: the folder of the shards, and the name under which the engine runs the job."""
+_ASK_SECONDS = 2.0
+_UNWANTED_SECONDS = 10.0
+"""After the end of a job, in which its engine may end the harness itself; after a failover it was seen not to."""
 _PROVISION_SECONDS = 60.0
 _PULSE_VARIABLE = "HARDNESS_HARNESS_PULSE"
 
@@ -57,23 +64,39 @@ def main() -> None:
 def _watch(flags: Sequence[str]) -> int:
     """Runs Beam's harness until it ends, hangs, or is not wanted any more; gives its exit code."""
     reading, writing = os.pipe()
-    longest = float(os.environ.get(SILENT_VARIABLE, _DEFAULT_SILENT_SECONDS))
-    beat = time.monotonic()
+    environment = {**os.environ, _PULSE_VARIABLE: str(writing)}
+    return hold([sys.executable, "-m", _MODULE, *flags], environment, [writing], _Vigil(reading))
 
-    def feel_pulse(child: subprocess.Popen[bytes]) -> int | None:
-        nonlocal beat
-        if select.select([reading], [], [], LOOK_SECONDS)[0]:
-            if not os.read(reading, 4096):
+
+class _Vigil:
+    """Looks after a harness: has it a pulse, and a job?"""
+
+    def __init__(self, pulse: int):
+        self._pulse = pulse
+        self._longest = float(os.environ.get(SILENT_VARIABLE, _DEFAULT_SILENT_SECONDS))
+        self._folder, self._job = os.environ.get(FOLDER_VARIABLE), os.environ.get(JOB_VARIABLE)
+        self._beat = self._asked = self._wanted = time.monotonic()
+
+    def __call__(self, child: subprocess.Popen[bytes]) -> int | None:
+        """One look; gives an exit code where it has ended, or is to end."""
+        is_heard = bool(select.select([self._pulse], [], [], LOOK_SECONDS)[0])
+        now = time.monotonic()
+        if is_heard:
+            if not os.read(self._pulse, 4096):
                 return child.wait()
-            beat = time.monotonic()
-        elif time.monotonic() - beat > longest:
-            logger.error("the harness %d has not been heard of for %.0f s: it is killed", child.pid, longest)
+            self._beat = now
+        elif now - self._beat > self._longest:
+            logger.error("the harness %d has not been heard of for %.0f s: it is killed", child.pid, self._longest)
             child.kill()
             return 1
+        if now - self._asked > _ASK_SECONDS:
+            self._asked = now
+            if self._folder is None or self._job is None or is_current(self._folder, self._job):
+                self._wanted = now
+            elif now - self._wanted > _UNWANTED_SECONDS:
+                logger.warning("the job %s is over, and its engine has forgotten this harness: it ends", self._job)
+                return 0
         return None
-
-    environment = {**os.environ, _PULSE_VARIABLE: str(writing)}
-    return hold([sys.executable, "-m", _MODULE, *flags], environment, [writing], feel_pulse)
 
 
 # --- The child

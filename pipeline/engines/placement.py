@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.engines.flink_rest import Flink, NoAnswerError
 from scorer import files
-from scorer.errors import StorageError
+from scorer.errors import HardnessError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,15 @@ def read_state(folder: str) -> EngineState | None:
             job = flink.find(placement.job)
             state, page = (job.state, flink.page(job)) if job else (None, page)
     return EngineState(placement.runner, state, page)
+
+
+def is_current(folder: str, job: str) -> bool:
+    """Whether a job of that name is still the one at work on a folder, as far as the folder can be read."""
+    try:
+        placement = _read(folder)
+    except (OSError, HardnessError):
+        return True
+    return placement is not None and placement.job == job
 
 
 def _read(folder: str) -> Placement | None:

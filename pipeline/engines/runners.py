@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from apache_beam.options.pipeline_options import (
@@ -35,8 +36,8 @@ _BEAMS_SPARK_MASTER = "local[4]"
 _SPARK_ATTEMPTS = 4
 
 
-def place(options: PipelineOptions) -> Placement | None:
-    """Fills in what the runner needs and the user left open; None for runners without a cluster.
+def place(options: PipelineOptions, folder: str) -> Placement | None:
+    """Fills in what the runner needs and the user left open, for a folder of shards; None where there is no cluster.
 
     Raises:
         ConfigurationError: there is no cluster, or it has no slots.
@@ -45,21 +46,21 @@ def place(options: PipelineOptions) -> Placement | None:
     if runner not in ("FlinkRunner", "SparkRunner"):
         return None
     logging.getLogger("apache_beam.utils.subprocess_server").setLevel(logging.ERROR)  # warns of each start and end
-    _use_our_harness(options)
     cloud = options.view_as(GoogleCloudOptions)  # where Beam keeps the name of any runner's job
     cloud.job_name = cloud.job_name or f"hardness-{uuid.uuid4().hex[:12]}"
+    _use_our_harness(options, {harness.FOLDER_VARIABLE: folder, harness.JOB_VARIABLE: cloud.job_name})
     if runner == "FlinkRunner":
         return Placement(runner, cloud.job_name, _place_on_flink(options))
     _place_on_spark(options)
     return Placement(runner, cloud.job_name, page=None)
 
 
-def _use_our_harness(options: PipelineOptions) -> None:
+def _use_our_harness(options: PipelineOptions, environment: Mapping[str, str]) -> None:
     """Has machines start `hardness-harness`, unless the user says how they start one."""
     portable = options.view_as(PortableOptions)
     if portable.environment_type is None:
         portable.environment_type = "PROCESS"
-        portable.environment_config = json.dumps({"command": _our_command(harness.COMMAND)})
+        portable.environment_config = json.dumps({"command": _our_command(harness.COMMAND), "env": environment})
 
 
 def _use_job_server_of_ours(options: PipelineOptions) -> None:

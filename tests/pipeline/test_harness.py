@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks.small_job import wait_until
+from pipeline.engines.placement import ENGINE_NAME
 
 FLAGS = ("--id", "1-1", "--provision_endpoint", "localhost:9")  # where nobody listens: the child goes on asking
 ENGINE = f"""
@@ -59,6 +61,17 @@ def test_a_harness_that_is_stopped_is_killed(start: Start) -> None:
     parent = start(HARDNESS_HARNESS_SILENT_SECONDS="2")
     (child,) = parent.children()
     child.suspend()
+    assert wait_until(lambda: is_gone(child) and is_gone(parent))
+
+
+def test_a_harness_ends_when_its_job_is_over(start: Start, tmp_path: Path) -> None:
+    """An engine that recovered from a failure may have forgotten it."""
+    placement = tmp_path / ENGINE_NAME
+    placement.write_text('{"runner": "FlinkRunner", "job": "mine", "page": null}')
+    parent = start(HARDNESS_SHARDS=str(tmp_path), HARDNESS_JOB="mine")
+    (child,) = parent.children()
+    assert not wait_until(lambda: is_gone(child), seconds=15)
+    placement.write_text('{"runner": "FlinkRunner", "job": "a later run\'s", "page": null}')
     assert wait_until(lambda: is_gone(child) and is_gone(parent))
 
 
