@@ -425,10 +425,10 @@ def disk_full(scene: ClusterScene) -> None:
 KINDS: dict[str, Callable[[ClusterScene], None]] = {
     kind.__name__: kind
     for kind in (
+        *(taskmanager_kill_spare, taskmanager_stop_spare),  # together: they want a cluster of their own
         *(job_server_kill, jobmanager_kill, taskmanager_kill, taskmanager_pause, flink_down, machine_loss),
         *(harness_stop, watcher_kill, harness_kill, worker_kill, worker_stop),
         *(driver_kill, driver_kill_late, sigint, sigterm, two_drivers, disk_full),
-        *(taskmanager_kill_spare, taskmanager_stop_spare),  # last: they want a cluster of their own
     )
 }
 

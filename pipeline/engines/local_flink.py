@@ -30,7 +30,8 @@ _SETTINGS = {
     "restart-strategy.type": "failure-rate",
     "restart-strategy.failure-rate.max-failures-per-interval": "5",
     "restart-strategy.failure-rate.failure-rate-interval": "10min",
-    "restart-strategy.failure-rate.delay": "1s",
+    # Until Flink has noticed that a TaskManager is lost, it gives it work, which counts as another failure.
+    "restart-strategy.failure-rate.delay": "10s",
     "heartbeat.interval": "2000",
     "heartbeat.timeout": "20000",
     "cluster.registration.error-delay": "1000",
