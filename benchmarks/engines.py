@@ -22,8 +22,9 @@ import psutil
 
 from benchmarks.interleaved import Report, Sample, Table, console, interleave, median, ratio
 from benchmarks.processes import run
-from benchmarks.small_job import files_in, shards_in
+from benchmarks.small_job import files_in, shards_in, workers_among
 from pipeline.engines import local_flink
+from pipeline.engines.services import marked
 
 MODULE = "benchmarks.engines"
 WORKERS = 2
@@ -100,7 +101,7 @@ def compare(
         shards = folder / "shards"
         shutil.rmtree(shards, ignore_errors=True)
         extra = [*SIDES[side], *(there if side == "FlinkRunner" else [])]
-        watch = partial(count_workers, phases[side])
+        watch = partial(count_workers, phases[side], folder / "flink")
         done = run(
             "pipeline.score_corpus", *command, "--output", shards, *extra,
             log=folder / "log", look=watch, environment={"OMP_NUM_THREADS": "1"},
@@ -119,11 +120,9 @@ def compare(
     return phases, samples, sum(name.endswith(".parquet") for name in expected)
 
 
-def count_workers(phases: Phases, _: psutil.Process) -> None:
-    """Looks how many scoring processes there are, wherever they were started."""
-    there = [
-        process for process in psutil.process_iter(["cmdline"]) if "pipeline.worker" in (process.info["cmdline"] or [])
-    ]
+def count_workers(phases: Phases, cluster: Path, driver: psutil.Process) -> None:
+    """Looks how many scoring processes there are, below the driver and on the cluster."""
+    there = {process.pid for process in workers_among([*driver.children(recursive=True), *marked(cluster)])}
     phases.most_workers = max(phases.most_workers, len(there))
 
 
