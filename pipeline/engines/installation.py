@@ -33,8 +33,8 @@ _REQUIREMENTS, _POM = _HERE / "requirements.txt", _HERE / "pom.xml"
 _LEAST_JAVA = 11
 _UNWANTED_JARS = ("flink-table", "flink-scala", "flink-cep")
 """For SQL and Scala; Beam needs none of them."""
-_WHEEL_TAGS = ("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311")
-"""Flink's wheel is for one Python; its scripts and its configuration do not mind another."""
+_WHEEL_TAGS = ("--python-version", "3.11", "--abi", "cp311", "--platform", "manylinux2014_x86_64")
+"""The wheel is for one Python and one machine; its scripts and its configuration do not mind others."""
 
 console = Console(stderr=True, highlight=False)
 
