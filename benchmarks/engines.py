@@ -77,11 +77,11 @@ def main(arguments: Sequence[str]) -> int:
             local_flink.down(folder / "flink")
     report.tables.append(to_table(phases, samples, shards))
     report.tables[-1].show()
-    report.notes += [
+    report.notes.extend(
         f"{engine} takes {ratio(samples[engine], samples['FnApiRunner'])} times as long as FnApiRunner."
         for engine in ("FlinkRunner", "SparkRunner")
-    ]
-    report.notes += [f"flink-up took {up_seconds:.0f} s.", "All files of all runs had the same bytes."]
+    )
+    report.notes.extend([f"flink-up took {up_seconds:.0f} s.", "All files of all runs had the same bytes."])
     for note in report.notes:
         console.print(note, highlight=False)
     report.write(flags.output)
