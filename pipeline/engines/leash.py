@@ -17,7 +17,8 @@ from pipeline.engines.installation import require_java
 
 JAVA_COMMAND = "hardness-java"
 LOOK_SECONDS = 1.0
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 2.0
+"""Less than Beam gives a job server, before it kills the process that holds the leash."""
 
 
 def hold(
