@@ -36,11 +36,11 @@ def hold(
         watch: called again and again, a second or less each time; ends the child by an exit code.
 
     Returns:
-        The exit code: the child's, 1 where its end was not its own choice, 143 after SIGTERM.
+        The exit code: the child's, 1 where its end was not its own choice, 143 after SIGTERM or SIGINT.
     """
     owner = os.getppid()
     signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child as well, which decides
+    signal.signal(signal.SIGINT, _leave)  # Ctrl-C, or Beam, which stops its job servers so
     child = subprocess.Popen(command, env=environment, pass_fds=descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
@@ -71,4 +71,6 @@ def _look(child: subprocess.Popen[bytes]) -> int | None:
 
 
 def _leave(_: int, __: FrameType | None) -> None:
+    for further in (signal.SIGTERM, signal.SIGINT):  # Beam sends five, and they must not keep the child from its end
+        signal.signal(further, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)

@@ -97,6 +97,21 @@ def test_both_end_with_an_engine_that_was_killed(start: Start) -> None:
     assert wait_until(lambda: is_gone(child) and is_gone(parent))
 
 
+def test_a_job_server_that_will_not_end_ends_with_the_signals_that_beam_sends() -> None:
+    """An interrupt a second, five times; then it kills the process that holds the leash."""
+    stubborn = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+    )
+    script = f"import sys; from pipeline.engines.leash import hold; hold([sys.executable, '-c', {stubborn!r}])"
+    with subprocess.Popen([sys.executable, "-c", script]) as leash:
+        parent = psutil.Process(leash.pid)
+        assert wait_until(lambda: len(parent.children()) == 1)
+        (child,) = parent.children()
+        for _ in range(2):
+            leash.send_signal(signal.SIGINT)
+        assert wait_until(lambda: is_gone(child))
+
+
 def test_the_parent_ends_with_its_harness(start: Start) -> None:
     parent = start()
     parent.children()[0].kill()
