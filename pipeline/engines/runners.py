@@ -94,6 +94,7 @@ def _place_on_flink(options: PipelineOptions) -> str | None:
         _use_job_server_of_ours(options)
         flink.flink_job_server_jar = flink.flink_job_server_jar or str(job_server("flink"))
     if master is None:
+        logger.warning("Ctrl-C will not end the job on Flink: --flink_master, its page, says where it could be ended")
         return None
     slots = _await_slots(Flink(master))
     if flink.parallelism < 1:
