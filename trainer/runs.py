@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -117,6 +118,21 @@ def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...
     if not all(item.should_log for item in parsed if isinstance(item, RecipeArguments)):
         logging.getLogger("trainer").setLevel(logging.WARNING)  # one process speaks for all
     return parsed
+
+
+def leaving_the_group(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command that is done leaves its process group, as torch asks: else the interpreter's end may abort in it.
+
+    One that fails does not: it would wait for processes that wait for it.
+    """
+
+    def run(arguments: Sequence[str]) -> int:
+        code = main(arguments)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+
+    return run
 
 
 def load_corpus_tokenizer(corpus: ShardCorpus, name: str | None) -> PreTrainedTokenizerBase:

@@ -154,4 +154,4 @@ def _fresh_defaults(arguments: ModelArguments) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(runs.leaving_the_group(main))

@@ -91,6 +91,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path, launch, alone):
 
 
 SHARDED = """
+import os
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -123,7 +124,8 @@ for name, parameter in model.named_parameters():
 both = loss.detach().clone()
 dist.all_reduce(both)
 torch.testing.assert_close(both / 2, whole.detach(), rtol=1e-6, atol=0)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # at the interpreter's own end gloo's threads abort it now and then, which says nothing about gradients
 """
 
 
