@@ -142,12 +142,14 @@ def require_room(folder: str, shard_bytes: float, missing: int) -> int:
     Raises:
         ConfigurationError: the shards will not fit.
     """
-    free = files.free_bytes(folder)
-    needed = shard_bytes * missing
+    place = files.staging_folder(folder)
+    is_store = files.local_path(folder) is None
+    free = files.free_bytes(place)
+    needed = shard_bytes if is_store else shard_bytes * missing
     if free is not None and free < _CERTAIN * needed:
         raise ConfigurationError(
-            f"{folder} has {free / 1e9:,.2f} GB free, and the shards will take about {needed / 1e9:,.2f} GB: "
-            "make room, or choose another --output"
+            f"{place} has {free / 1e9:,.2f} GB free, and {'each shard' if is_store else 'the shards'} will take about "
+            f"{needed / 1e9:,.2f} GB: make room, or choose another {'folder by TMPDIR' if is_store else '--output'}"
         )
     return round(_SPARE * shard_bytes)
 

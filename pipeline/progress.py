@@ -20,7 +20,7 @@ from pipeline.lease import living_driver
 from pipeline.plan import PLAN_NAME, Plan
 from scorer import files
 from scorer.errors import HardnessError
-from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, Receipt, read_manifest, read_receipt
+from scorer.manifest import MANIFEST_NAME, RECEIPTS_FOLDER, Receipt, read_manifest, read_receipts
 from scorer.shards import RUN_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -106,11 +106,7 @@ class Watch:
         """Reads progress from receipts, names and sizes; no shard is opened."""
         present = files.listing(self._folder)
         receipts = files.listing(files.join(self._folder, RECEIPTS_FOLDER))
-        found = [
-            self._examine(split.index, split.shard, present[split.shard], receipts.get(f"{split.index:05d}.json"))
-            for split in self._plan.splits
-            if split.shard in present
-        ]
+        found = self._examine(present, receipts)
         published = [item for item in found if isinstance(item, _Published)]
         damage = [item for item in found if isinstance(item, str)]
         is_complete = MANIFEST_NAME in present
@@ -150,13 +146,14 @@ class Watch:
             damage=tuple(damage),
         )
 
-    def _examine(
-        self, index: int, shard: str, entry: files.Entry, receipt_entry: files.Entry | None
-    ) -> _Published | str:
-        key = (shard, entry, receipt_entry)
-        if key not in self._known:
-            self._known[key] = _hold(read_receipt(self._folder, index), shard, entry)
-        return self._known[key]
+    def _examine(self, present: dict[str, files.Entry], receipts: dict[str, files.Entry]) -> list[_Published | str]:
+        """What is known of each shard that is there; receipts are read where they, or their shards, are new."""
+        splits = [split for split in self._plan.splits if split.shard in present]
+        keys = [(split.shard, present[split.shard], receipts.get(f"{split.index:05d}.json")) for split in splits]
+        new = [(key, split.index) for key, split in zip(keys, splits, strict=True) if key not in self._known]
+        for (key, _), receipt in zip(new, read_receipts(self._folder, (index for _, index in new)), strict=True):
+            self._known[key] = _hold(receipt, key[0], key[1])
+        return [self._known[key] for key in keys]
 
     def _last_change(self, present: dict[str, files.Entry]) -> float:
         """When anything of the job was last written."""

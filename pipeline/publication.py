@@ -28,6 +28,7 @@ from scorer.manifest import (
     ShardEntry,
     read_manifest,
     read_receipt,
+    read_receipts,
     receipt_path,
 )
 from scorer.shard_writing import ShardBuffer, write_shard
@@ -179,8 +180,8 @@ def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
 
 def _receipts(folder: str, plan: Plan) -> Iterator[Receipt]:
     """The receipts of all splits, one at a time, because their rejects may be many."""
-    for split in plan.splits:
-        receipt = read_receipt(folder, split.index)
+    receipts = read_receipts(folder, (split.index for split in plan.splits))
+    for split, receipt in zip(plan.splits, receipts, strict=True):
         if receipt is None:
             raise ShardError(f"{receipt_path(folder, split.index)} is gone or damaged: run the same command again")
         yield receipt
@@ -194,13 +195,15 @@ def check_published(folder: str, plan: Plan) -> Manifest:
     """
     manifest = read_manifest(folder)
     listed = {shard.name: shard.bytes for shard in manifest.shards}
-    missing = {
-        split.shard
-        for split in plan.splits
-        if split.shard not in listed
-        or not files.exists(files.join(folder, split.shard))
-        or files.size(files.join(folder, split.shard)) != listed[split.shard]
-    }
+    present = files.listing(folder)
+
+    def is_there(shard: str) -> bool:
+        if shard in present and present[shard].bytes == listed[shard]:
+            return True
+        path = files.join(folder, shard)  # a store may list late what was just written
+        return files.exists(path) and files.size(path) == listed[shard]
+
+    missing = {split.shard for split in plan.splits if split.shard not in listed or not is_there(split.shard)}
     if missing:
         raise ShardError(_missing_message(folder, missing, len(plan.splits)))
     return manifest

@@ -275,10 +275,11 @@ class Supervisor:
         self._limits.tolerance.check(self._rejected, expected)
 
     def _require_space(self) -> None:
-        free = files.free_bytes(self._recipe.folder)
+        place = files.staging_folder(self._recipe.folder)
+        free = files.free_bytes(place)
         if free is not None and free < self._limits.shard_bytes:
             raise StorageError(
-                f"{self._recipe.folder} has {free / 1e6:,.0f} MB free, and a shard may take "
+                f"{place} has {free / 1e6:,.0f} MB free, and a shard may take "
                 f"{self._limits.shard_bytes / 1e6:,.0f} MB: make room, then run the same command again"
             )
 

@@ -5,7 +5,8 @@ HardnessError                something a user can act on; the message says what,
 ├── CorpusError              text that cannot be worked on, or too much of it
 ├── ShardError               a shard, receipt or manifest that is missing, damaged or foreign
 ├── ArchiveError             a compressed file or web archive that is cut or damaged; readers make it one reject
-├── StorageError             a write that failed: no space, no permission
+├── StorageError             storage that fails: no space, no permission, a store that does not answer
+│   └── AccessError          a store that refuses: credentials, rights, a bucket that is not there (exit code 2)
 ├── WorkerError              worker processes that end as soon as they start
 └── ScoringError             an ALM that gave something that is not a probability
 """
@@ -38,7 +39,13 @@ class ArchiveError(HardnessError):
 
 
 class StorageError(HardnessError):
-    """A file could not be written: no space left, no permission, a read-only file system."""
+    """A file could not be written: no space left, no permission, a read-only file system; or a store is down."""
+
+
+class AccessError(StorageError):
+    """An object store refuses what was asked of it, and will go on to: credentials, permission, a missing bucket."""
+
+    exit_code = 2
 
 
 class WorkerError(HardnessError):

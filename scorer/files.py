@@ -2,6 +2,7 @@
 
 Local folders publish by a temporary file, fsync and a hard link that never overwrites; object stores by one
 conditional upload to the final key. Readers therefore see a file whole or not at all, and the first writer wins.
+What stores fail to answer in passing is asked again (`scorer.stores`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from scorer.errors import ConfigurationError, StorageError
+from scorer.stores import connect
 
 if TYPE_CHECKING:
     from scorer.compression import Compression
@@ -34,20 +36,13 @@ _CHUNK_BYTES = 1 << 20
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 """What no other attempt at the same file would mend: no space, no permission, a broken disk."""
 _REPLACE_ATTEMPTS = 3
+_READ_AT_ONCE = 256
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
-
-
-def _resolve(path: str) -> tuple[Any, str]:
-    try:
-        filesystem, stripped = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"cannot reach {path}: {error}") from error
-    return filesystem, str(stripped)
 
 
 def local_path(path: str) -> str | None:
     """`path` as the operating system knows it, or None where it lies in an object store."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     return stripped if isinstance(filesystem, LocalFileSystem) else None
 
 
@@ -59,6 +54,11 @@ def free_bytes(folder: str) -> int | None:
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     return shutil.disk_usage(path).free
+
+
+def staging_folder(folder: str) -> str:
+    """The local folder in which what is published in `folder` is made: itself, or the one for temporary files."""
+    return local_path(folder) or tempfile.gettempdir()
 
 
 def absolute(path: str) -> str:
@@ -73,35 +73,31 @@ def join(folder: str, *names: str) -> str:
 
 def exists(path: str) -> bool:
     """Says whether there is a file or folder at `path`."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     return bool(filesystem.exists(stripped))
 
 
 def is_folder(path: str) -> bool:
     """Says whether `path` is a folder."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     return bool(filesystem.isdir(stripped))
 
 
 def size(path: str) -> int:
     """Bytes of the file at `path`."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     return int(filesystem.size(stripped))
 
 
 def modified(path: str) -> float:
     """Seconds since the epoch at which `path` was last written."""
-    filesystem, stripped = _resolve(path)
-    return float(filesystem.modified(stripped).timestamp())
+    filesystem, stripped = connect(path)
+    return _modified(filesystem.info(stripped))
 
 
 def names(folder: str) -> list[str]:
     """The sorted names of what lies directly in `folder`; empty where there is no such folder."""
-    filesystem, stripped = _resolve(folder)
-    filesystem.invalidate_cache(stripped)
-    if not filesystem.isdir(stripped):
-        return []
-    return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in filesystem.ls(stripped, detail=False))
+    return sorted(listing(folder))
 
 
 @dataclass(frozen=True)
@@ -115,16 +111,14 @@ class Entry:
 
 def listing(folder: str) -> dict[str, Entry]:
     """What lies directly in `folder`, by name, from one request; empty where there is no such folder."""
-    filesystem, stripped = _resolve(folder)
-    filesystem.invalidate_cache(stripped)
+    filesystem, stripped = connect(folder)
     try:
         found = filesystem.ls(stripped, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {
-        str(info["name"]).rstrip("/").rsplit("/", 1)[-1]: Entry(int(info.get("size") or 0), _modified(info))
-        for info in found
-    }
+    entries = {str(info["name"]).rstrip("/"): Entry(int(info.get("size") or 0), _modified(info)) for info in found}
+    entries.pop(stripped.rstrip("/"), None)  # a file, or an object that some tools make to stand for a folder
+    return {name.rpartition("/")[2]: entry for name, entry in entries.items()}
 
 
 def _modified(info: Mapping[str, Any]) -> float:
@@ -145,7 +139,7 @@ def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
 
     A decompressed stream cannot seek, and raises `ArchiveError` where the archive is cut or damaged.
     """
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     stream = cast(BinaryIO, filesystem.open(stripped, "rb"))
     if compression is None:
         return stream
@@ -158,6 +152,30 @@ def read_bytes(path: str) -> bytes:
     """The whole content of a small file."""
     with open_binary(path) as stream:
         return stream.read()
+
+
+def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
+    """The contents of many small files, in order; None where there is no such file.
+
+    Of a store hundreds are asked for at once, since a request there is mostly waiting.
+    """
+    for some in _batches(paths, _READ_AT_ONCE):
+        store, _ = connect(some[0])
+        whole: Mapping[str, bytes | Exception] = {}
+        if not isinstance(store, LocalFileSystem):
+            whole = store.cat([connect(path)[1] for path in some], on_error="return")
+        for path in some:
+            data = whole.get(connect(path)[1])
+            try:
+                yield data if isinstance(data, bytes) else read_bytes(path)
+            except (FileNotFoundError, IsADirectoryError):
+                yield None
+
+
+def _batches(items: Iterable[str], count: int) -> Iterator[list[str]]:
+    rest = iter(items)
+    while batch := list(islice(rest, count)):
+        yield batch
 
 
 def read_json(path: str) -> Any:
@@ -187,7 +205,7 @@ def sha256(path: str) -> tuple[str, int]:
 
 def make_folder(path: str) -> None:
     """Makes a folder and its parents; object stores have none and need none."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     try:
         filesystem.makedirs(stripped, exist_ok=True)
     except OSError as error:
@@ -215,7 +233,8 @@ def publish(path: str, data: bytes) -> bool:
     """
     with staged(path) as temporary:
         Path(temporary).write_bytes(data)
-        return publish_staged(temporary, path)
+        # An upload whose answer was lost is made again, and finds itself.
+        return publish_staged(temporary, path) or (local_path(path) is None and read_bytes(path) == data)
 
 
 @contextmanager
@@ -227,10 +246,10 @@ def staged(path: str) -> Iterator[str]:
     Raises:
         StorageError: what the body wrote did not fit, or was not allowed.
     """
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     folder, name = os.path.split(stripped)
-    if not isinstance(filesystem, LocalFileSystem):
-        folder = tempfile.gettempdir()
+    is_local = isinstance(filesystem, LocalFileSystem)
+    folder = folder if is_local else tempfile.gettempdir()
     temporary = os.path.join(folder, temporary_name(name))
     try:
         yield temporary
@@ -238,8 +257,9 @@ def staged(path: str) -> Iterator[str]:
         if error.errno not in _STORAGE_ERRORS:
             raise
         raise StorageError(
-            f"{path} cannot be written: {os.strerror(error.errno)}; make room or give permission, then run the same "
-            "command again"
+            f"{path} cannot be written: {os.strerror(error.errno)}"
+            f"{'' if is_local else f' in {folder}, where it is made (TMPDIR names another folder)'}; make room or give "
+            "permission, then run the same command again"
         ) from error
     finally:
         with suppress(OSError):  # without permission it stays, to be swept by a later run
@@ -248,10 +268,10 @@ def staged(path: str) -> Iterator[str]:
 
 def publish_staged(temporary: str, path: str) -> bool:
     """Puts a file that was written under `staged(path)` into its place; what `publish` says holds for it too."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     try:
         if not isinstance(filesystem, LocalFileSystem):
-            filesystem.put_file(temporary, stripped, mode="create")
+            _create(temporary, path)
             return True
         _sync(temporary)
         os.link(temporary, stripped)
@@ -259,6 +279,19 @@ def publish_staged(temporary: str, path: str) -> bool:
         return False
     _sync(os.path.dirname(stripped) or ".")
     return True
+
+
+def _create(temporary: str, path: str) -> None:
+    """Uploads to a key that must be free; by one conditional request, where the store has such."""
+    store, stripped = connect(path)
+    try:
+        store.put_file(temporary, stripped, mode="create")
+    except (NotImplementedError, OSError) as error:
+        if not isinstance(error, NotImplementedError) and error.errno != errno.ENOSYS:
+            raise
+        if store.exists(stripped):
+            raise FileExistsError(path) from error
+        store.put_file(temporary, stripped)
 
 
 def keep_or_replace(path: str, pieces: Iterable[bytes]) -> None:
@@ -285,7 +318,7 @@ def replace(path: str, data: bytes) -> None:
 
 
 def _replace_by(temporary: str, path: str) -> None:
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.put_file(temporary, stripped)
         return
@@ -296,7 +329,7 @@ def _replace_by(temporary: str, path: str) -> None:
 
 def set_aside(path: str) -> str:
     """Renames a damaged file to a name that no reader takes for a shard, and returns that name."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     aside = f"{stripped}.damaged-{uuid.uuid4().hex[:8]}"
     filesystem.mv(stripped, aside)
     return aside
@@ -308,7 +341,7 @@ def remove(path: str) -> None:
     Raises:
         StorageError: there is no permission.
     """
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     try:
         filesystem.rm_file(stripped)
     except FileNotFoundError:
@@ -319,7 +352,7 @@ def remove(path: str) -> None:
 
 def remove_folder(path: str) -> None:
     """Removes a folder and all that is in it, if it is there."""
-    filesystem, stripped = _resolve(path)
+    filesystem, stripped = connect(path)
     with suppress(FileNotFoundError):
         filesystem.rm(stripped, recursive=True)
 
@@ -364,7 +397,7 @@ def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, int]
     known: set[str] = set()
     folders: dict[str, tuple[str, str]] = {}
     for pattern in patterns:
-        filesystem, stripped = _resolve(pattern)
+        filesystem, stripped = connect(pattern)
         for path, size_ in sorted(_listed(filesystem, stripped, pattern, suffixes).items()):
             is_local_path = isinstance(filesystem, LocalFileSystem)
             spelled, real = _spellings(path, folders) if is_local_path else (filesystem.unstrip_protocol(path),) * 2
@@ -427,13 +460,49 @@ def local_folder(folder: str) -> Iterator[str]:
 
     For libraries that only read local paths (`from_pretrained`).
     """
-    filesystem, stripped = _resolve(folder)
+    filesystem, stripped = connect(folder)
     if isinstance(filesystem, LocalFileSystem):
         yield stripped
         return
     with tempfile.TemporaryDirectory() as copy:
         filesystem.get(stripped.rstrip("/") + "/", copy + "/", recursive=True)
         yield copy
+
+
+@contextmanager
+def local_file(path: str) -> Iterator[str]:
+    """Gives a local path for a file: its own where it is local, else a temporary copy. For what is read several times.
+
+    Raises:
+        StorageError: there is no room for the copy.
+    """
+    filesystem, stripped = connect(path)
+    if isinstance(filesystem, LocalFileSystem):
+        yield stripped
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = os.path.join(scratch, "copy")
+        download(path, copy)
+        yield copy
+
+
+def download(path: str, local: str) -> None:
+    """Copies a file of a store, all of it, to a local path.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: there is no room for it.
+    """
+    store, stripped = connect(path)
+    try:
+        store.get_file(stripped, local)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        folder = os.path.dirname(local)
+        raise StorageError(
+            f"{path} cannot be copied to {folder}: {os.strerror(error.errno)}; make room there"
+        ) from error
 
 
 def _sync(path: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ MANIFEST_NAME = "_manifest.json"
 RECEIPTS_FOLDER = "_receipts"
 REJECTS_NAME = "_rejects.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
-
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
+"""What JSON raises that is not what was written."""
 
 Unit = Literal["line", "row", "record"]
 """What the places of a file count: lines of text, rows of a Parquet file, records of a web archive."""
@@ -153,8 +155,17 @@ def read_receipt(folder: str, index: int) -> Receipt | None:
     """The receipt of shard `index`, or None where there is none that can be read."""
     try:
         return Receipt.from_json(files.read_json(receipt_path(folder, index)))
-    except (AttributeError, FileNotFoundError, IsADirectoryError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, *_UNREADABLE):
         return None
+
+
+def read_receipts(folder: str, indices: Iterable[int]) -> Iterator[Receipt | None]:
+    """`read_receipt` of many shards, in order."""
+    for data in files.read_many(receipt_path(folder, index) for index in indices):
+        try:
+            yield None if data is None else Receipt.from_json(json.loads(data))
+        except _UNREADABLE:
+            yield None
 
 
 def has_manifest(folder: str) -> bool:

@@ -153,12 +153,13 @@ class ShardCorpus:
             f"{self.folders[0]} and {folder}",
             "train on shards of one tokenizer",
         )
+        present = files.listing(folder)
         for entry in manifest.shards:
-            path = files.join(folder, entry.name)
-            found = files.size(path) if files.exists(path) else None
-            if found != entry.bytes:
+            found = present.get(entry.name)
+            if found is None or found.bytes != entry.bytes:
                 raise ShardError(
-                    f"{path} {'is missing' if found is None else f'has {found} bytes'}, the manifest says "
+                    f"{files.join(folder, entry.name)} "
+                    f"{'is missing' if found is None else f'has {found.bytes} bytes'}, the manifest says "
                     f"{entry.bytes} bytes: run the command that wrote the folder again; it makes damaged shards anew"
                 )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def run_command(
     Whatever would be a traceback in a terminal is an exception here.
     """
     handlers, level = list(logging.root.handlers), logging.root.level
+    on_termination = signal.getsignal(signal.SIGTERM)
 
     def run(main: Callable[[Sequence[str]], int], *arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -42,6 +44,8 @@ def run_command(
     yield run
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+    # A pool that a later test forks ends its processes by this signal; they would inherit our handler of it.
+    signal.signal(signal.SIGTERM, on_termination)
 
 
 @pytest.fixture(scope="session")

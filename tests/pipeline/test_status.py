@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.lease import holding
 from pipeline.plan import read_plan
 from pipeline.progress import Watch
 from scorer import files
-from scorer.manifest import read_receipt
+from scorer.manifest import Receipt, read_receipts
 
 Run = Callable[..., tuple[int, str]]
 EditJson = Callable[..., None]
@@ -303,7 +303,13 @@ def test_a_watch_reads_each_receipt_once(shards: Path, monkeypatch: pytest.Monke
     plan = read_plan(str(shards))
     assert plan is not None
     watch, reads = Watch(str(shards), plan), []
-    monkeypatch.setattr(progress, "read_receipt", lambda *of: (reads.append(of), read_receipt(*of))[1])
+
+    def read(folder: str, indices: Iterable[int]) -> Iterator[Receipt | None]:
+        wanted = list(indices)
+        reads.extend(wanted)
+        return read_receipts(folder, wanted)
+
+    monkeypatch.setattr(progress, "read_receipts", read)
     first = watch.look()
     assert len(reads) == 3
     assert watch.look() == first

@@ -25,7 +25,7 @@ def folder(request, tmp_path):
         path = f"memory://{uuid.uuid4().hex}"
         files.make_folder(path)
         yield path
-        files._resolve(path)[0].rm(path, recursive=True)
+        files.remove_folder(path)
     else:
         yield str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
 
