@@ -5,7 +5,8 @@ PY := .venv/bin/python
 # Large tensors on the CPU in huge pages: 1.7 times the speed of a step whose time goes into page faults.
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-# Flink and Spark, for RUNNER=FlinkRunner and RUNNER=SparkRunner: fetched once, by `make engines`.
+# Flink and Spark, for RUNNER=FlinkRunner and RUNNER=SparkRunner, fetched once by `make engines`; and in bin/
+# an S3 server for the tests, made once by `make s3-server`.
 export HARDNESS_ENGINES ?= $(CURDIR)/.engines
 
 quoted = $(foreach word,$(1),'$(word)')
@@ -14,11 +15,11 @@ required = $(foreach name,$(1),$(if $($(name)),,$(error $(name)=… is missing: 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-faults lint format clean
-.PHONY: engines flink-up flink-down
+.PHONY: engines flink-up flink-down s3-server
 .PHONY: tokenize-corpus train-alm score-corpus status verify pretrain sweep simulate replay bench-scoring
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -66,6 +67,11 @@ flink-up: .venv/.installed  ## a JobManager, TaskManagers and a job server on th
 
 flink-down: .venv/.installed  ## ends all of them, and whatever they started
 	$(PY) -m pipeline.engines flink-down $(ARGS)
+
+s3-server: $(HARDNESS_ENGINES)/bin/versitygw  ## an S3 server for the tests (Go)
+
+$(HARDNESS_ENGINES)/bin/versitygw:
+	GOBIN=$(abspath $(@D)) go install github.com/versity/versitygw/cmd/versitygw@v1.8.0
 
 train-alm: .venv/.installed  ## BLOCKS=… ALM=…
 	$(call required,BLOCKS ALM)

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline import score_corpus, tokenize_corpus
+from tests.object_store import S3Server, Weather
 
 ROOT = Path(__file__).parent.parent
 IN_THREADS = ("--direct_running_mode", "in_memory")
 """Jobs of a few blocks: worker processes would take longer to start than to work."""
+BUCKET_NUMBERS = count(1)
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 torch.set_num_threads(1)
@@ -135,3 +139,40 @@ def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server, which tests may kill."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a new bucket; the environment leads every client to its server, and nowhere else."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    s3_server.start()
+    name = f"bucket-{next(BUCKET_NUMBERS)}"
+    s3_server.make_bucket(name)
+    # fsspec keeps file systems by their arguments, and would find those of another environment.
+    files = fsspec.get_filesystem_class("s3")
+    files.clear_instance_cache()
+    yield name
+    files.clear_instance_cache()
+
+
+@pytest.fixture
+def weather(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Weather]:
+    """Fair weather between the clients and the bucket's server, until the test changes it."""
+    weather = Weather(s3_server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", weather.endpoint)
+    yield weather
+    weather.close()
