@@ -33,7 +33,8 @@ from benchmarks.interleaved import Report, Sample, Table, command, console, inte
 from scorer.manifest import TOKENIZER_FOLDER
 from scorer.tokenizer import load_tokenizer
 from trainer.masking import HardnessCollator
-from trainer.reader import WINDOW_ROW_GROUPS, RowGroup, ShardCorpus, TrainingStream, steps_per_epoch
+from trainer.reader import RowGroup, ShardCorpus
+from trainer.stream import WINDOW_ROW_GROUPS, TrainingStream, steps_per_epoch
 
 MODULE = "benchmarks.loader"
 BATCH = 32

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from benchmarks.interleaved import Report, Table, console
 from scorer.shards import BLOCK_LENGTH, ROW_GROUP_BLOCKS
 from trainer import noise
-from trainer.reader import WINDOW_ROW_GROUPS, RowGroup, ShardCorpus, TrainingStream
+from trainer.reader import RowGroup, ShardCorpus
+from trainer.stream import WINDOW_ROW_GROUPS, TrainingStream
 
 MODULE = "benchmarks.shuffle"
 SHARD_BLOCKS = 7_800

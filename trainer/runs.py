@@ -32,7 +32,8 @@ from scorer.errors import ConfigurationError
 from scorer.manifest import TOKENIZER_FOLDER
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import require_same_vocabulary
-from trainer.reader import RowGroup, ShardCorpus, TrainingStream, steps_per_epoch
+from trainer.reader import RowGroup, ShardCorpus
+from trainer.stream import TrainingStream, steps_per_epoch
 from trainer.stream_trainer import StreamTrainer
 
 COMPLETE_MARK = "complete.json"

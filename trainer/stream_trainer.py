@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from trainer.reader import TrainingStream
+from trainer.stream import TrainingStream
 
 
 class StreamTrainer(Trainer):

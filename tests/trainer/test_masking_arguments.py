@@ -17,7 +17,8 @@ from trainer import replay
 from trainer.batches import Batch
 from trainer.masking import STRATEGIES, AlphaSchedule, HardnessCollator, Masking, Ngrams, Words
 from trainer.masking.arguments import MaskingArguments
-from trainer.reader import TrainingStream, open_corpus
+from trainer.reader import open_corpus
+from trainer.stream import TrainingStream
 
 ALPHA = {"alpha", "relative_alpha", "alpha_schedule", "alpha_end"}
 TAKES = {

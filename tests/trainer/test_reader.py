@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from scorer.errors import ConfigurationError, ShardError
-from trainer import reader
+from trainer import stream as stream_module
 from trainer.masking import HardnessCollator
-from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, TrainingStream, hold_out, open_corpus, steps_per_epoch
+from trainer.reader import HeldOutBlocks, RowGroup, ShardCorpus, hold_out, open_corpus
+from trainer.stream import TrainingStream, steps_per_epoch
 
 ROOT = Path(__file__).parents[2]
 
@@ -237,7 +238,7 @@ class TestOrder:
     def test_a_read_that_fails_leaves_no_window_half_written(self, write_shards, monkeypatch):
         """On one core the next window is read into the memory of the last one, when it is asked for."""
         stream, _, _ = make_stream([write_shards([256 * 65])], epochs=1)
-        monkeypatch.setattr(reader, "_cores", lambda: 1)
+        monkeypatch.setattr(stream_module, "_cores", lambda: 1)
         expected = place(stream[5])
         read_all, fails = ShardCorpus.read_all, [True]
 
@@ -374,7 +375,8 @@ READ_AN_EPOCH = """
 import re, sys
 from scorer.shards import ShardReader
 from trainer.masking import HardnessCollator
-from trainer.reader import TrainingStream, open_corpus
+from trainer.reader import open_corpus
+from trainer.stream import TrainingStream
 
 corpus, groups, _ = open_corpus([sys.argv[1]], None, perplexities=True)
 batch = 256

@@ -10,7 +10,8 @@ import pytest
 from scorer.errors import ConfigurationError
 from trainer import replay
 from trainer.masking import HardnessCollator
-from trainer.reader import ShardCorpus, TrainingStream, open_corpus
+from trainer.reader import ShardCorpus, open_corpus
+from trainer.stream import TrainingStream
 
 KEYS = {"epoch", "shard", "row", "alpha", "masked_positions", "input_ids"}
 
