@@ -26,7 +26,7 @@ from benchmarks.interleaved import Report, Table, console
 from scorer.shards import BLOCK_LENGTH, ROW_GROUP_BLOCKS
 from trainer import noise
 from trainer.reader import RowGroup, ShardCorpus
-from trainer.stream import WINDOW_ROW_GROUPS, TrainingStream
+from trainer.stream import POOL_BLOCKS, WINDOW_ROW_GROUPS, TrainingStream
 
 MODULE = "benchmarks.shuffle"
 SHARD_BLOCKS = 7_800
@@ -158,9 +158,20 @@ def made_up_corpus(blocks: int) -> Corpus:
 # --- The order
 
 
+def pools_of(corpus: Corpus, seed: int) -> dict[int, int]:
+    """The first epoch's pool of each shard: shards in random order, the next pool after each POOL_BLOCKS blocks."""
+    counts, before, pools = corpus.shard_blocks, 0, {}
+    for shard in noise.permutation(len(counts), seed, 0, -1).tolist():
+        pools[shard] = before // POOL_BLOCKS
+        before += int(counts[shard])
+    return pools
+
+
 def windows(corpus: Corpus, seed: int, size: int = WINDOW_ROW_GROUPS, every: int = 1) -> Iterator[Window]:
     """The first epoch's windows as TrainingStream forms them, of `size` row groups; of `every` so many the first."""
+    pools = pools_of(corpus, seed)
     order = [corpus.groups[index] for index in noise.permutation(len(corpus.groups), seed, 0)]
+    order = sorted(order, key=lambda group: pools[group.shard])
     start = 0
     for number, first in enumerate(range(0, len(order), size)):
         groups = order[first : first + size]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,12 +13,17 @@ from torch.utils.data import Dataset
 
 from scorer import files
 from scorer.errors import ConfigurationError, ShardError
-from scorer.manifest import Manifest, ShardEntry, read_manifest
+from scorer.manifest import Manifest, read_manifest
 from scorer.shards import ROW_GROUP_BLOCKS, ShardContent, ShardReader
 from scorer.vocabulary import Vocabulary, require_same_vocabulary
 from trainer.batches import Batch, Feature
+from trainer.shard_cache import NOT_LISTED, ShardCache, StoredShard
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_BLOCKS = 64
+_PREFETCHED_GROUPS = 256
+"""Held-out row groups whose shards are fetched ahead: those of some eight shards."""
 HELD_OUT_SHARE = 100
 """One block in this many is held out, where that is more than HELD_OUT_BLOCKS."""
 
@@ -37,7 +43,10 @@ class RowGroup:
 
 
 class ShardCorpus:
-    """One or more complete folders of shards, checked by names and sizes at the start and by hash when first read."""
+    """One or more complete folders of shards, checked by names and sizes at the start and by hash when first read.
+
+    Shards of object stores are read from a cache on a local disk.
+    """
 
     def __init__(self, folders: Sequence[str], perplexities: bool = True):
         """Opens the folders.
@@ -53,11 +62,18 @@ class ShardCorpus:
         self.folders = list(folders)
         self.manifests = [read_manifest(folder) for folder in folders]
         self._perplexities = perplexities
-        self._shards: list[tuple[str, ShardEntry]] = []
+        self._shards: list[StoredShard] = []
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
             self._check_folder(folder, manifest)
-            self._shards += [(files.join(folder, entry.name), entry) for entry in manifest.shards]
+            self._shards += [StoredShard(files.join(folder, entry.name), entry) for entry in manifest.shards]
         self._sound: set[int] = set()
+        self._stored = {index for index, shard in enumerate(self._shards) if files.local_path(shard.path) is None}
+        self._cache: ShardCache | None = None
+        if self._stored:
+            self._cache = ShardCache.from_environment()
+            logger.info(
+                "shards are read from a cache in %s, of %.1f GB at most", self._cache.folder, self._cache.limit / 1e9
+            )
         self.vocabulary = self._read_vocabulary()
 
     def __len__(self) -> int:
@@ -67,7 +83,7 @@ class ShardCorpus:
     @property
     def fingerprint(self) -> list[str]:
         """Content fingerprints of all shards, in order: two runs over the same data have the same."""
-        return [entry.content_sha256 for _, entry in self._shards]
+        return [shard.entry.content_sha256 for shard in self._shards]
 
     def row_groups(self) -> list[list[RowGroup]]:
         """For each folder the row groups of its shards, in plan order."""
@@ -117,15 +133,32 @@ class ShardCorpus:
         """
         if not 0 <= shard < len(self._shards):
             raise ConfigurationError(f"there is no shard {shard}: the folders hold shards 0 to {len(self) - 1}")
-        path, entry = self._shards[shard]
+        found = self._shards[shard]
+        if self._cache is not None and shard in self._stored:
+            return ShardReader(found.path, self._cache.open(found))
         if shard not in self._sound:
-            if files.sha256(path)[0] != entry.sha256:
-                raise ShardError(
-                    f"{path} is not the file that the manifest lists (SHA-256 differs): "
-                    "run the command that wrote the folder again; it makes damaged shards anew"
-                )
+            if files.sha256(found.path)[0] != found.entry.sha256:
+                raise ShardError(f"{found.path} {NOT_LISTED}")
             self._sound.add(shard)
-        return ShardReader(path)
+        return ShardReader(found.path)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Names the shards that will be read next, in that order, so that those of stores can be fetched meanwhile."""
+        if self._cache is not None:
+            distinct = dict.fromkeys(shards)
+            self._cache.prefetch([self._shards[shard] for shard in distinct if shard in self._stored])
+
+    def require_room(self, blocks: int) -> None:
+        """Holds the cache to what has to be in it at a time: that many blocks, and two shards.
+
+        Raises:
+            ConfigurationError: it has less room.
+        """
+        if self._cache is not None:
+            entries = [self._shards[shard].entry for shard in self._stored]
+            total = sum(entry.bytes for entry in entries)
+            share = blocks / max(1, sum(entry.blocks for entry in entries))
+            self._cache.require_room(min(total, round(share * total) + 2 * max(entry.bytes for entry in entries)))
 
     def _check_folder(self, folder: str, manifest: Manifest) -> None:
         if self._perplexities and manifest.alm is None:
@@ -151,7 +184,7 @@ class ShardCorpus:
     def _read_vocabulary(self) -> Vocabulary:
         if not self._shards:
             raise ConfigurationError(f"{', '.join(self.folders)} hold no shards")
-        with ShardReader(self._shards[0][0]) as reader:
+        with ShardReader(self._shards[0].path) as reader:
             return reader.metadata.vocabulary
 
 
@@ -205,6 +238,7 @@ class HeldOutBlocks(Dataset[Feature]):
             raise IndexError(position)
         index = int(np.searchsorted(self._ends, position, side="right"))
         if self._loaded is None or self._loaded[0] != index:
+            self._corpus.prefetch(group.shard for group in self._groups[index : index + _PREFETCHED_GROUPS])
             self._loaded = index, self._corpus.read(self._groups[index])
         first = int(self._ends[index - 1]) if index else 0
         return take(self._loaded[1], np.array([position - first]))

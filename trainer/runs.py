@@ -33,7 +33,7 @@ from scorer.manifest import TOKENIZER_FOLDER
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import require_same_vocabulary
 from trainer.reader import RowGroup, ShardCorpus
-from trainer.stream import TrainingStream, steps_per_epoch
+from trainer.stream import POOL_BLOCKS, TrainingStream, steps_per_epoch
 from trainer.stream_trainer import StreamTrainer
 
 COMPLETE_MARK = "complete.json"
@@ -160,7 +160,7 @@ def plan_stream(arguments: RecipeArguments, corpus: ShardCorpus, groups: Sequenc
     is one epoch over the stream, so that it resumes by skipping positions and not by reading them.
 
     Raises:
-        ConfigurationError: the batch does not divide, or is larger than the corpus.
+        ConfigurationError: the batch does not divide, or is larger than the corpus, or the shards have no room.
     """
     at_once = arguments.train_batch_size * arguments.world_size
     accumulation, rest = divmod(arguments.global_batch_size, at_once)
@@ -176,6 +176,7 @@ def plan_stream(arguments: RecipeArguments, corpus: ShardCorpus, groups: Sequenc
         )
     epoch = steps_per_epoch(sum(map(len, groups)), arguments.global_batch_size)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * epoch)
+    corpus.require_room(2 * POOL_BLOCKS)  # one is read while the next is fetched
     arguments.gradient_accumulation_steps = accumulation
     arguments.max_steps = steps
     arguments.num_train_epochs = 1

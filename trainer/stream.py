@@ -1,11 +1,13 @@
 """The order in which a run reads its blocks, and the reading of them, ahead of need.
 
-The order of an epoch is a pure function of (seed, epoch). Row groups of all shards are put into a random order and
-taken in windows of 32; the blocks of a window (8,192, some 42 MB with perplexities) are shuffled together. So a batch
-mixes many shards, memory does not grow with the corpus, and any position is found by arithmetic. A thread reads the
-next window while this one is trained on: a process that reads holds two, 84 MB.
+The order of an epoch is a pure function of (seed, epoch). Shards are put into a random order and taken in pools of
+half a million blocks (some 64 shards of 16 MiB of text, 1.4 GB); the row groups of a pool are put into a random order
+and taken in windows of 32; the blocks of a window (8,192, some 42 MB with perplexities) are shuffled together. So a
+batch mixes many shards, memory and what has to be fetched ahead do not grow with the corpus, and any position is found
+by arithmetic. A thread reads the next window while this one is trained on: a process that reads holds two, 84 MB.
 
-    row groups   7 2 9 4 | 1 8 0 5 | …      windows, in the epoch's order
+    shards       3 0 7 … | 5 1 2 … | …      pools: the next one is fetched while this one is read
+    row groups   7 2 9 4 | 1 8 0 5 | …      windows
     blocks       ▒▒▒▒▒▒▒▒ | ▒▒▒▒▒▒▒▒ | …     shuffled within
     batches      [gB, (g+1)B)
 """
@@ -13,7 +15,7 @@ next window while this one is trained on: a process that reads holds two, 84 MB.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,9 @@ from trainer.batches import Batch, Feature
 from trainer.reader import RowGroup, ShardCorpus, concatenated, take
 
 WINDOW_ROW_GROUPS = 32
+POOL_BLOCKS = 1 << 19
+_POOLS = -1
+"""Stands in the key of the order of shards where that of blocks has the index of their window."""
 
 
 class TrainingStream(Dataset[Feature]):
@@ -58,7 +63,7 @@ class TrainingStream(Dataset[Feature]):
         self.steps_per_epoch = steps_per_epoch(sum(map(len, groups)), batch_size)
         self._epoch_length = self.steps_per_epoch * batch_size
         self._length = steps * batch_size
-        self._epoch: _EpochOrder | None = None
+        self._orders: dict[int, _EpochOrder] = {}
         self._window: tuple[_Window, ShardContent] | None = None
         self._ahead: tuple[_Window, Future[ShardContent]] | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -106,14 +111,28 @@ class TrainingStream(Dataset[Feature]):
         return _Window(epoch, index), first + (int(ends[index - 1]) if index else 0), first + end
 
     def _epoch_order(self, epoch: int) -> _EpochOrder:
-        if self._epoch is None or self._epoch.epoch != epoch:
+        if epoch not in self._orders:
+            pools = self._pools(epoch)
             order = [self._groups[i] for i in noise.permutation(len(self._groups), self._seed, epoch)]
+            order.sort(key=lambda group: pools[group.shard])
             sizes = [
                 sum(map(len, order[start : start + WINDOW_ROW_GROUPS]))
                 for start in range(0, len(order), WINDOW_ROW_GROUPS)
             ]
-            self._epoch = _EpochOrder(epoch, order, np.cumsum(sizes))
-        return self._epoch
+            pool_ends = np.unique(np.cumsum(np.bincount([pools[group.shard] for group in order])))
+            near = {known: found for known, found in self._orders.items() if abs(known - epoch) <= 1}
+            self._orders = near | {epoch: _EpochOrder(order, np.cumsum(sizes), pool_ends)}
+        return self._orders[epoch]
+
+    def _pools(self, epoch: int) -> list[int]:
+        """In which pool each shard is in an epoch; by shard."""
+        sizes = [len(group) for group in self._groups]
+        blocks = np.bincount([group.shard for group in self._groups], sizes).astype(np.int64)
+        order = noise.permutation(len(blocks), self._seed, epoch, _POOLS)
+        pools = np.empty_like(blocks)
+        pools[order] = (np.cumsum(blocks[order]) - blocks[order]) // POOL_BLOCKS
+        found: list[int] = pools.tolist()
+        return found
 
     def _shuffle(self, window: _Window) -> tuple[list[RowGroup], npt.NDArray[np.int64]]:
         """The window's row groups, and the place of each of their blocks in the window."""
@@ -148,7 +167,18 @@ class TrainingStream(Dataset[Feature]):
     def _read_ahead(self, window: _Window, spare: ShardContent | None) -> Future[ShardContent]:
         if self._reader is None:  # made here, in the process that reads: threads do not survive a loader's fork
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="window")
+        self._corpus.prefetch(self._upcoming_shards(window))
         return self._reader.submit(self._read_window, *self._shuffle(window), spare)
+
+    def _upcoming_shards(self, window: _Window) -> Iterator[int]:
+        """The shards of what is left of a window's pool, and of the next pool, in the order of their first use."""
+        order, start = self._epoch_order(window.epoch), window.index * WINDOW_ROW_GROUPS
+        following = int(np.searchsorted(order.pool_ends, start, side="right")) + 1
+        end = int(order.pool_ends[min(following, len(order.pool_ends) - 1)])
+        yield from (group.shard for group in order.groups[start:end])
+        if following == len(order.pool_ends) and (window.epoch + 1) * self._epoch_length < self._length:
+            order = self._epoch_order(window.epoch + 1)
+            yield from (group.shard for group in order.groups[: order.pool_ends[0]])
 
     def _read_window(
         self, groups: Sequence[RowGroup], targets: npt.NDArray[np.int64], spare: ShardContent | None
@@ -178,11 +208,13 @@ class _Window:
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The row groups of an epoch in order, and the position in it at which each window ends."""
+    """The row groups of an epoch in order."""
 
-    epoch: int
     groups: list[RowGroup]
     ends: npt.NDArray[np.int64]
+    """The position in the epoch at which each window ends."""
+    pool_ends: npt.NDArray[np.int64]
+    """The number of row groups before the end of each pool."""
 
 
 def _cores() -> int:
