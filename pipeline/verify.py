@@ -4,7 +4,8 @@
 
 Each shard is held to what all of these say of it, and each of these to its neighbours. Checksums find what changed
 after the job; whoever changes a shard and its checksums alike is found by its footer and values, which the plan binds.
-A file is read once where it fits into memory, and row group by row group where it does not.
+A file is read once where it fits into memory, and row group by row group where it does not. With `--quick` no values
+are read: of each shard its size and footer, many at a time, by range requests where it lies in an object store.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
@@ -46,6 +49,8 @@ from scorer.vocabulary import Vocabulary
 
 _HELD_BYTES = 64 << 20
 """A larger shard is hashed first and then read again, row group by row group."""
+_QUICK_THREADS = 16
+"""Nearly all that a quick look does in an object store is waiting."""
 _COUNTS = ("documents", "blocks", "tokens", "rejected_documents", "leftover_tokens")
 
 T = TypeVar("T")
@@ -72,13 +77,14 @@ def main(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="DIR", help="what a job was given as --output")
+    parser.add_argument("--quick", action="store_true", help="names, sizes, counts and footers; no values, no hashes")
     flags = parser.parse_args(list(arguments))
     if not files.is_folder(flags.folder):
         raise ConfigurationError(f"there is no folder {flags.folder}")
     # A line is a fault, however long: the bar's console would else break it at the terminal's width.
     console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
     found, faulty = 0, set()
-    for fault in find_faults(flags.folder, console):
+    for fault in find_faults(flags.folder, console, flags.quick):
         console.print(f"fault: {fault}")
         found += 1
         faulty.add(fault.where)
@@ -90,18 +96,20 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     manifest = read_manifest(flags.folder)
     print(
-        f"{flags.folder} is sound: {len(manifest.shards):,} shards, {manifest.blocks:,} blocks, "
-        f"{manifest.tokens:,} tokens"
+        f"{flags.folder} {'looks' if flags.quick else 'is'} sound: {len(manifest.shards):,} shards, "
+        f"{manifest.blocks:,} blocks, {manifest.tokens:,} tokens"
+        f"{' (their values were not read: leave --quick out for that)' if flags.quick else ''}"
     )
     return 0
 
 
-def find_faults(folder: str, console: Console | None = None) -> Iterator[Fault]:
+def find_faults(folder: str, console: Console | None = None, quick: bool = False) -> Iterator[Fault]:
     """Yields every fault of a folder, each naming the file and, where there is one, the row.
 
     Args:
         folder: what a job was given as --output.
         console: shows a progress bar where it is a terminal.
+        quick: whether to leave out what needs more of a shard than its size and its footer.
     """
     manifest = yield from _load(MANIFEST_NAME, lambda: read_manifest(folder))
     plan = yield from _load(PLAN_NAME, lambda: _read_plan(folder))
@@ -110,16 +118,24 @@ def find_faults(folder: str, console: Console | None = None) -> Iterator[Fault]:
         return
     yield from _folder_faults(folder, manifest, plan, vocabulary)
     entries = {entry.name: entry for entry in manifest.shards}
+
+    def check(split: Split) -> tuple[Receipt | None, list[Fault]]:
+        faults: list[Fault] = []
+        receipt = _collected(_load(split.shard, partial(_read_receipt, folder, split)), faults)
+        of_shard = _ShardCheck(folder, plan, vocabulary, split, entries.get(split.shard), receipt, quick)
+        return receipt, faults + [Fault(split.shard, what) for what in of_shard.faults()]
+
     receipts = []
     has_bar = console is not None and console.is_terminal
-    splits = track(plan.splits, "verifying", console=console, disable=not has_bar, transient=True)
-    for split in splits:
-        receipt = yield from _load(split.shard, partial(_read_receipt, folder, split))
-        if receipt is not None:
-            receipts.append(receipt)
-        check = _ShardCheck(folder, plan, vocabulary, split, entries.get(split.shard), receipt)
-        for what in check.faults():
-            yield Fault(split.shard, what)
+    with ThreadPoolExecutor(_QUICK_THREADS) as pool:
+        checked: Iterable[tuple[Receipt | None, list[Fault]]] = (pool.map if quick else map)(check, plan.splits)
+        total = len(plan.splits)
+        for receipt, faults in track(
+            checked, "verifying", total=total, console=console, disable=not has_bar, transient=True
+        ):
+            yield from faults
+            if receipt is not None:
+                receipts.append(receipt)
     if len(receipts) == len(plan.splits):
         yield from _account_faults(folder, receipts)
 
@@ -140,6 +156,16 @@ def _load(where: str, read: Callable[[], T | None]) -> Generator[Fault, None, T 
     for what in wrong:
         yield Fault(where, what)
     return None if wrong else value
+
+
+def _collected(loading: Generator[Fault, None, T | None], faults: list[Fault]) -> T | None:
+    """What a `_load` returns; what it yields is added to `faults`."""
+    while True:
+        try:
+            faults.append(next(loading))
+        except StopIteration as end:
+            value: T | None = end.value
+            return value
 
 
 def _read_plan(folder: str) -> Plan | None:
@@ -251,13 +277,14 @@ class _ShardCheck:
     entry: ShardEntry | None
     """The manifest's."""
     receipt: Receipt | None
+    quick: bool
 
     def faults(self) -> Iterator[str]:
         """Yields what is wrong with the shard."""
         yield from self._receipt_faults()
         path = files.join(self.folder, self.split.shard)
         try:
-            stream, sha256, length = _open_hashed(path)
+            stream, sha256, length = _open_sized(path) if self.quick else _open_hashed(path)
         except FileNotFoundError:
             yield "missing"
             return
@@ -266,11 +293,13 @@ class _ShardCheck:
             return
         if self.entry is not None and length != self.entry.bytes:
             yield f"{length} bytes, the manifest says {self.entry.bytes}"
-        elif self.entry is not None and sha256 != self.entry.sha256:
+        elif self.entry is not None and sha256 not in (None, self.entry.sha256):
             yield "its bytes are not those of the manifest (SHA-256 differs)"
         try:
             with ShardReader(path, stream) as reader:
                 yield from self._footer_faults(reader)
+                if self.quick:
+                    return
                 is_whole = yield from _value_faults(reader, self.vocabulary)
                 if is_whole:
                     yield from self._content_faults(reader)
@@ -301,6 +330,8 @@ class _ShardCheck:
         for name in ("documents", "rejected_documents", "leftover_tokens"):
             if self.receipt is not None and getattr(metadata, name) != getattr(self.receipt, name):
                 yield f"its footer says {getattr(metadata, name)} {name}, its receipt {getattr(self.receipt, name)}"
+        if self.entry is not None and self.quick and metadata.content_sha256 != self.entry.content_sha256:
+            yield "its footer vouches for other values than the manifest (content SHA-256 differs)"
         if metadata.vocabulary != self.vocabulary:
             yield "its footer names another tokenizer than the plan"
         if metadata.alm != configuration.alm:
@@ -326,6 +357,14 @@ class _ShardCheck:
             planned = self.plan.configuration.input_files.get(self.split.shard)
             if reader.content_sha256(perplexities=False) != planned:
                 yield "its input_ids are not those of the block shard in the plan (content SHA-256 differs)"
+
+
+def _open_sized(path: str) -> tuple[BinaryIO, None, int]:
+    """Opens a file, and gives its length; nothing is read."""
+    stream = files.open_binary(path)
+    length = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return stream, None, length
 
 
 def _open_hashed(path: str) -> tuple[BinaryIO, str, int]:

@@ -755,3 +755,49 @@ def test_no_flipped_bit_makes_a_reader_fail_otherwise_than_by_name(block_folder:
         except Exception as error:
             crashes[position - len(data)] = repr(error)[:200]
     assert crashes == {}
+
+
+# --- Without the values
+
+
+def test_a_quick_look_passes_sound_folders_and_says_what_it_left_out(
+    block_folder: Path, hardness_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (block_folder, hardness_folder):
+        assert verify.main([str(folder), "--quick"]) == 0
+        assert "looks sound: 3 shards" in (said := capsys.readouterr().out)
+        assert "values were not read" in said
+
+
+QUICKLY_FOUND: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "shard-00001-of-00003.parquet: missing"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"bytes, the manifest says \d+"),
+    "cut": (truncate, r"bytes, the manifest says \d+"),
+    "other footer": (rewrite(documents=10**6), "its footer says 1000000 documents, its receipt"),
+    "other values": (
+        rewrite(lambda rows: rows["forward_perplexity"].__iadd__(1)),
+        "its footer vouches for other values than the manifest",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUICKLY_FOUND)
+def test_a_quick_look_finds_what_size_and_footer_tell(shards: Path, name: str, run_command: Run) -> None:
+    damage, words = QUICKLY_FOUND[name]
+    damage(shard_paths(shards)[1])
+    code, said = run_command(verify.main, shards, "--quick")
+    assert code == 1
+    assert re.search(words, said)
+
+
+def test_a_quick_look_reads_no_values(shards: Path) -> None:
+    flip_in_page(shard_paths(shards)[1], 1)
+    assert list(find_faults(str(shards), quick=True)) == []
+    assert faults_of(shards)
+
+
+def test_a_quick_look_names_faults_in_the_order_of_the_plan(shards: Path) -> None:
+    for path in shard_paths(shards):
+        path.unlink()
+    faults = [fault.where for fault in find_faults(str(shards), quick=True) if fault.what == "missing"]
+    assert faults == [f"shard-0000{index}-of-00003.parquet" for index in range(3)]
