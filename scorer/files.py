@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -210,6 +210,17 @@ def make_folder(path: str) -> None:
         filesystem.makedirs(stripped, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"the folder {path} cannot be made: {error.strerror or error}") from error
+
+
+def require_writable(folder: str) -> None:
+    """Writes something small into a folder, and removes it.
+
+    Raises:
+        StorageError: that cannot be done.
+    """
+    path = join(folder, temporary_name("probe"))
+    replace(path, b"")
+    remove(path)
 
 
 def put_folder(path: str, write: Callable[[str], object]) -> None:
@@ -465,7 +476,7 @@ def local_folder(folder: str) -> Iterator[str]:
         yield stripped
         return
     with tempfile.TemporaryDirectory() as copy:
-        filesystem.get(stripped.rstrip("/") + "/", copy + "/", recursive=True)
+        download_folder(folder, copy)
         yield copy
 
 
@@ -503,6 +514,35 @@ def download(path: str, local: str) -> None:
         raise StorageError(
             f"{path} cannot be copied to {folder}: {os.strerror(error.errno)}; make room there"
         ) from error
+
+
+def download_folder(folder: str, local: str) -> None:
+    """Copies all files of a folder of a store to a local one.
+
+    Raises:
+        StorageError: there is no room for them.
+    """
+    store, stripped = connect(folder)
+    for path in store.find(stripped):
+        name = path.removeprefix(stripped.rstrip("/") + "/")
+        target = os.path.join(local, *name.split("/"))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        download(join(folder, name), target)
+
+
+def upload_folder(local: str, folder: str, skipped: Collection[str] = ()) -> None:
+    """Copies all files of a local folder to one of a store, over what is there.
+
+    Args:
+        local: what to copy.
+        folder: where to.
+        skipped: what to leave out, by the names of files and folders directly in `local`.
+    """
+    store, stripped = connect(folder)
+    for path in sorted(Path(local).rglob("*")):
+        name = path.relative_to(local)
+        if path.is_file() and name.parts[0] not in skipped:
+            store.put_file(str(path), join(stripped, *name.parts))
 
 
 def _sync(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,10 @@ from scorer.manifest import TOKENIZER_FOLDER
 from scorer.tokenizer import fingerprint, load_tokenizer
 from scorer.vocabulary import require_same_vocabulary
 from trainer.reader import RowGroup, ShardCorpus
+from trainer.stored_output import CHECKPOINT_PREFIX, COMPLETE_MARK, StoredOutput
 from trainer.stream import POOL_BLOCKS, TrainingStream, steps_per_epoch
 from trainer.stream_trainer import StreamTrainer
 
-COMPLETE_MARK = "complete.json"
-"""Written into a checkpoint's folder once all of it is there; a checkpoint without it is torn, and ignored."""
 _OPTIMIZATION_FLAGS = (
     "adam_beta1",
     "adam_beta2",
@@ -81,10 +81,16 @@ class RecipeArguments(TrainingArguments):
         default="sequential", metadata={"help": "must stay: the stream is in the run's order already"}
     )
 
+    stored_output: StoredOutput | None = field(default=None, init=False)
+    """Where `output_dir` is a URL: what it is then, beside a local folder."""
+
     def __post_init__(self) -> None:
         """Checks what Trainer would not."""
         if not self.output_dir:
             raise ConfigurationError("--output_dir is missing: the folder for checkpoints, the model and the results")
+        if files.local_path(self.output_dir) is None:
+            self.stored_output = StoredOutput.at(self.output_dir)
+            self.output_dir: str = self.stored_output.folder
         if self.global_batch_size < 1:
             raise ConfigurationError(f"--global_batch_size {self.global_batch_size}: expected at least 1")
         if self.remove_unused_columns or self.train_sampling_strategy != "sequential":
@@ -103,6 +109,18 @@ class RecipeArguments(TrainingArguments):
         # Pinned memory is for copies to an accelerator; without one torch warns of it at every loader.
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+
+    @property
+    def output_url(self) -> str:
+        """`--output_dir` as it was given."""
+        return self.output_dir if self.stored_output is None else self.stored_output.url
+
+    def below(self, name: str) -> Self:
+        """The same recipe for a folder in this one's output folder."""
+        own = copy.copy(self)
+        own.output_dir = os.path.join(self.output_dir, name)
+        own.stored_output = None if self.stored_output is None else self.stored_output.below(name)
+        return own
 
 
 def parse(arguments: Sequence[str], module: str, *types: type) -> tuple[Any, ...]:
@@ -190,15 +208,21 @@ class MarkComplete(TrainerCallback):
     would leave none; so it takes over `save_total_limit`.
     """
 
-    def __init__(self, run: Mapping[str, Any], keep: int | None):
-        """Takes what identifies the run, and how many checkpoints to keep (None: all)."""
+    def __init__(self, run: Mapping[str, Any], keep: int | None, stored: StoredOutput | None = None):
+        """Takes what identifies the run, how many checkpoints to keep (None: all), and the store for them, if any."""
         self._run = dict(run)
         self._keep = keep
+        self._stored = stored
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Writes the mark, and removes what is older than it may be."""
         args.distributed_state.wait_for_everyone()
-        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        name = f"{CHECKPOINT_PREFIX}{state.global_step}"
+        checkpoint = os.path.join(args.output_dir, name)
+        if self._stored is not None:
+            if state.is_local_process_zero and os.path.isdir(checkpoint):
+                self._stored.push_checkpoint(name)
+            args.distributed_state.wait_for_everyone()
         if not state.is_world_process_zero or not os.path.isdir(checkpoint):
             return
         files.replace(os.path.join(checkpoint, COMPLETE_MARK), files.to_json(self._run))
@@ -207,11 +231,14 @@ class MarkComplete(TrainerCallback):
                 if str(old) != state.best_model_checkpoint:
                     (old / COMPLETE_MARK).unlink()  # first, so that a half-removed one is torn
                     shutil.rmtree(old)
+        if self._stored is not None:
+            self._stored.complete_checkpoint(name, [path.name for path in _complete_checkpoints(args.output_dir)])
 
 
 def _complete_checkpoints(output_dir: str) -> list[Path]:
     """Marked checkpoints, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if (path / COMPLETE_MARK).exists()]
+    found = Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
+    folders = [path for path in found if (path / COMPLETE_MARK).exists()]
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -248,11 +275,16 @@ def train(trainer: StreamTrainer, run: Mapping[str, Any]) -> dict[str, float]:
         The evaluation's metrics, on every process.
     """
     arguments = trainer.args
+    stored = arguments.stored_output
+    if stored is not None:
+        with arguments.main_process_first(desc="fetching the newest checkpoint"):
+            if arguments.local_process_index == 0:
+                stored.fetch()
     checkpoint = newest_checkpoint(arguments.output_dir, run)
     if checkpoint is not None:
         done = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
         trainer.begin_at(done * arguments.global_batch_size)
-    trainer.add_callback(MarkComplete(run, arguments.save_total_limit))
+    trainer.add_callback(MarkComplete(run, arguments.save_total_limit, stored))
     arguments.save_total_limit = None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -261,6 +293,12 @@ def train(trainer: StreamTrainer, run: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    if stored is not None:
+        if trainer.is_world_process_zero():
+            stored.push_results()
+        arguments.distributed_state.wait_for_everyone()
+        if arguments.local_process_index == 0:
+            stored.remove_copy()
     return metrics
 
 

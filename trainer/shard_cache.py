@@ -52,6 +52,12 @@ class StoredShard:
     entry: ShardEntry
 
 
+def cache_folder() -> Path:
+    """The folder of this machine for copies of what lies in object stores."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get(FOLDER_VARIABLE) or os.path.join(home, "hardness-masking"))
+
+
 class ShardCache:
     """A bounded local folder of shards. Threads and processes may share it."""
 
@@ -71,8 +77,7 @@ class ShardCache:
         self._prefetcher: _Prefetcher | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with files.staged(str(folder / "probe")) as probe:
-                Path(probe).touch()
+            files.require_writable(str(folder))
         except (OSError, HardnessError) as error:
             raise ConfigurationError(
                 f"shards of object stores cannot be cached in {folder}: {error}; {FOLDER_VARIABLE} names another folder"
@@ -85,8 +90,6 @@ class ShardCache:
         Raises:
             ConfigurationError: its folder cannot be written to, or its limit is no number.
         """
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(home, "hardness-masking", "shards")
         text = os.environ.get(GIGABYTES_VARIABLE, str(DEFAULT_GIGABYTES))
         try:
             limit = round(float(text) * 1e9)
@@ -94,7 +97,7 @@ class ShardCache:
             limit = 0
         if limit <= 0:
             raise ConfigurationError(f"{GIGABYTES_VARIABLE}={text}: expected a number of gigabytes above 0")
-        return cls(Path(folder), limit)
+        return cls(cache_folder(), limit)
 
     def require_room(self, needed: int) -> None:
         """Holds the cache to what a run has to keep at a time.

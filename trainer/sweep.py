@@ -100,6 +100,10 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
     flags, passed = _parser().parse_known_args(list(arguments))
     output, console = Path(flags.output_dir), Console()
+    if files.local_path(flags.output_dir) is None:
+        raise ConfigurationError(
+            f"--output_dir {flags.output_dir}: a sweep needs a local folder, for its lock and logs"
+        )
     if not flags.report_only:
         if not flags.shards:
             raise ConfigurationError("--shards is missing: folders of hardness shards")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase
 
+from scorer import files
 from scorer.alm import READING_DIRECTION, Direction, require_causal
 from scorer.console import run_command
 from scorer.vocabulary import Vocabulary
@@ -105,12 +104,10 @@ def main(arguments: Sequence[str]) -> int:
     corpus, groups, held_out = open_corpus(alm.blocks, alm.validation_blocks, perplexities=False)
     tokenizer = runs.load_corpus_tokenizer(corpus, model.tokenizer_name)
     if recipe.should_save:
-        tokenizer.save_pretrained(recipe.output_dir)
+        files.put_folder(recipe.output_url, tokenizer.save_pretrained)
     directions: list[Direction] = ["forward", "backward"] if alm.direction == "both" else [alm.direction]
     for direction in directions:
-        own_recipe = copy.copy(recipe)
-        own_recipe.output_dir = os.path.join(recipe.output_dir, direction)
-        train_direction(direction, model, own_recipe, tokenizer, corpus, groups, held_out)
+        train_direction(direction, model, recipe.below(direction), tokenizer, corpus, groups, held_out)
     return 0
 
 
