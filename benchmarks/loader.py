@@ -131,7 +131,7 @@ def compare_loaders(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     return value >= MIN_LOADER_RATIO
 
 
-def our_loader(folder: Path, passes: int) -> DataLoader[Any]:
+def our_loader(folder: str | Path, passes: int) -> DataLoader[Any]:
     """As pretraining has it, over all blocks; a corpus opened anew, so that its shards are hashed again."""
     corpus = ShardCorpus([str(folder)])
     groups: list[RowGroup] = [group for groups in corpus.row_groups() for group in groups]
