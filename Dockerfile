@@ -28,7 +28,7 @@ FROM ${BASE} AS worker
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-# Where GKE and Dataflow put the driver's libraries; elsewhere NVIDIA's runtime does without.
+# Where Container-Optimized OS (GKE, Dataflow) has the driver's libraries; NVIDIA's own runtime does without.
 ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /opt/hardness
