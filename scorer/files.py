@@ -149,9 +149,9 @@ def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content of a small file."""
-    with open_binary(path) as stream:
-        return stream.read()
+    """The whole content of a small file; of one that is just being replaced, the old or the new, and no mixture."""
+    filesystem, stripped = connect(path)
+    return bytes(filesystem.cat_file(stripped))
 
 
 def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
