@@ -330,9 +330,13 @@ def _replace_by(temporary: str, path: str) -> None:
 def set_aside(path: str) -> str:
     """Renames a damaged file to a name that no reader takes for a shard, and returns that name."""
     filesystem, stripped = connect(path)
-    aside = f"{stripped}.damaged-{uuid.uuid4().hex[:8]}"
-    filesystem.mv(stripped, aside)
-    return aside
+    suffix = f".damaged-{uuid.uuid4().hex[:8]}"
+    if isinstance(filesystem, LocalFileSystem):
+        filesystem.mv(stripped, stripped + suffix)
+    else:  # which cannot rename; and where the answer to a move is lost, a second one finds nothing to move
+        filesystem.cp_file(stripped, stripped + suffix)
+        remove(path)
+    return path + suffix
 
 
 def remove(path: str) -> None:
