@@ -176,7 +176,7 @@ def reporting_progress(folder: str, plan: Plan) -> Iterator[None]:
     def report() -> None:
         shown = ""
         while not finished.wait(_REPORT_SECONDS):
-            with suppress(OSError):  # storage that is gone for a moment must not end the reports
+            with suppress(HardnessError, OSError):  # storage that is gone for a while must not end the reports
                 line = describe_progress(watch.look())
                 if line != shown:
                     logger.info("%s", line)

@@ -149,9 +149,9 @@ def open_binary(path: str, compression: Compression | None = None) -> BinaryIO:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole content of a small file."""
-    with open_binary(path) as stream:
-        return stream.read()
+    """The whole content of a small file; of one that is just being replaced, the old or the new, and no mixture."""
+    filesystem, stripped = connect(path)
+    return bytes(filesystem.cat_file(stripped))
 
 
 def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
@@ -341,9 +341,13 @@ def _replace_by(temporary: str, path: str) -> None:
 def set_aside(path: str) -> str:
     """Renames a damaged file to a name that no reader takes for a shard, and returns that name."""
     filesystem, stripped = connect(path)
-    aside = f"{stripped}.damaged-{uuid.uuid4().hex[:8]}"
-    filesystem.mv(stripped, aside)
-    return aside
+    suffix = f".damaged-{uuid.uuid4().hex[:8]}"
+    if isinstance(filesystem, LocalFileSystem):
+        filesystem.mv(stripped, stripped + suffix)
+    else:  # which cannot rename; and where the answer to a move is lost, a second one finds nothing to move
+        filesystem.cp_file(stripped, stripped + suffix)
+        remove(path)
+    return path + suffix
 
 
 def remove(path: str) -> None:

@@ -222,7 +222,8 @@ class Weather:
     Requests and answers pass byte for byte, for their signatures hold as they are.
 
     `done` counts what it did, under the names of `every`; and `connections`, `requests`, requests by their methods,
-    `delays`, and `outages` (the server was away when a connection came, or left one that was idle).
+    `delays`, and `outages` (the server was away when a connection came, or left one that was idle). `uploaded` counts
+    the bytes of PUTs that passed, by path and while they pass.
 
     Args:
         port: of the server, on 127.0.0.1.
@@ -232,6 +233,7 @@ class Weather:
 
     def __init__(self, port: int) -> None:
         self.done: Counter[str] = Counter()
+        self.uploaded: Counter[str] = Counter()
         self._target = ("127.0.0.1", port)
         self._every = dict.fromkeys(self.FAULTS, 0)
         self._seen: Counter[str] = Counter()
@@ -331,7 +333,7 @@ class Weather:
         head = client.head()
         if not head:
             return False
-        (method, *_), fields = _parsed(head)
+        (method, path, *_), fields = _parsed(head)
         self._note("requests")
         self._note(method)
         expects = "expect" in fields
@@ -361,6 +363,9 @@ class Weather:
                 except ConnectionError:  # it may have answered before the end
                     is_whole = False
                     break
+                if method == "PUT":
+                    with self._lock:
+                        self.uploaded[path] += len(piece)
         while not answer or _status(answer) < 200:
             if answer:
                 client.send(answer)
