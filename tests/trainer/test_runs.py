@@ -160,17 +160,17 @@ class TestNewestCheckpoint:
 KILLED = """
 import os, signal, sys
 from scorer.console import run_command
-from trainer import pretrain, reader, runs
+from trainer import pretrain, runs
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 where, step = sys.argv.pop(1), int(sys.argv.pop(1))
 if where == "in a step":
-    read = reader.TrainingStream.__getitems__
+    read = runs.TrainingStream.__getitems__
     def read_or_die(self, positions):
         return kill() if positions[0] >= 4 * step else read(self, positions)
-    reader.TrainingStream.__getitems__ = read_or_die
+    runs.TrainingStream.__getitems__ = read_or_die
 else:
     mark = runs.MarkComplete.on_save
     def mark_or_die(self, args, state, control, **more):
@@ -213,10 +213,10 @@ def assert_same_run(output, undisturbed):
 LIVES = """
 import os, random, signal, sys
 from scorer.console import run_command
-from trainer import pretrain, reader
+from trainer import pretrain, runs
 
 lives, log = int(sys.argv.pop(1)), sys.argv.pop(1)
-read = reader.TrainingStream.__getitems__
+read = runs.TrainingStream.__getitems__
 steps = random.Random(7)
 
 def live(life, left):
@@ -229,7 +229,7 @@ def live(life, left):
             print(life, *positions, file=lines)
         return read(self, positions)
 
-    reader.TrainingStream.__getitems__ = read_until_killed
+    runs.TrainingStream.__getitems__ = read_until_killed
     run_command(pretrain.main)
 
 # Each life is a fork of this process, which has imported everything and runs no threads.
