@@ -1,11 +1,12 @@
 """Shards of object stores, on a local disk for as long as they are needed.
 
-    shard-00007-of-00042.parquet ──download──▶ <sha256>.part ──hash is the manifest's──▶ <sha256>.parquet ──▶ evicted
+    shard-00007-of-00042.parquet ──download──▶ <sha256>.<bytes>.part ──hash is right──▶ <sha256>.parquet ──▶ evicted
 
 One folder a machine, shared by all processes and runs on it. A file is named by the hash that the manifest has for
 it, so that folders and runs which share shards share files. Whoever holds the lock of a `.part` downloads it; it goes
-with its process, however that ends. Where there is no more room, the files go that were used longest ago; on Linux
-and macOS a file that is being read stays until it is closed.
+with its process, however that ends. A `.part` takes the room of all its bytes from the beginning. Where there is no
+more room, the files go that were used, or named as needed, longest ago; on Linux and macOS a file that is being read
+stays until it is closed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from scorer import files
-from scorer.errors import ConfigurationError, HardnessError, ShardError
+from scorer.errors import ConfigurationError, HardnessError, ShardError, StorageError
 from scorer.manifest import ShardEntry
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class ShardCache:
                 f"the shard cache in {self.folder} may take {self.limit / 1e6:,.1f} MB, and this run needs "
                 f"{needed / 1e6:,.1f} MB of shards at a time: set {GIGABYTES_VARIABLE} higher"
             )
-        there = sum(size for _, _, size in self._files())
+        there = sum(file.bytes for file in self._files())
         free = files.free_bytes(str(self.folder))
         if free is not None and free + there < needed:
             raise ConfigurationError(
@@ -132,7 +133,14 @@ class ShardCache:
             self.fetch(shard)
 
     def prefetch(self, shards: Sequence[StoredShard]) -> None:
-        """Names the shards that will be needed next, in that order; threads fetch them while others are read."""
+        """Names the shards that will be needed next, in that order; threads fetch them while others are read.
+
+        Those that are there already count as used: else they would go before what has been read and is done with.
+        """
+        now = time.time_ns()
+        for place, shard in enumerate(shards):
+            with suppress(OSError):
+                os.utime(self._path(shard.entry), ns=(now - place, now - place))
         if self._prefetcher is None or not self._prefetcher.is_here:  # a loader's fork has no threads
             self._prefetcher = _Prefetcher(self)
         self._prefetcher.want(shards)
@@ -142,28 +150,49 @@ class ShardCache:
         return self._path(entry).exists()
 
     def fetch(self, shard: StoredShard, wait: bool = True) -> None:
-        """Downloads a shard, unless it is there, or another process is at it and `wait` is off.
+        """Downloads a shard, unless it is there.
+
+        Args:
+            shard: which.
+            wait: for another process that is at it, and for room that other downloads take; else it is left undone.
 
         Raises:
             ShardError: what the store has is not the file in the manifest.
+            ConfigurationError: the shard alone is more than the cache may take.
             StorageError: there is no room, or the store does not answer.
         """
-        part = self._path(shard.entry).with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # whoever wants room removes folders like this one
+            while not self._try_to_fetch(shard, wait) and wait:
+                time.sleep(_LOCK_SECONDS)
+        except OSError as error:
+            raise StorageError(
+                f"{shard.path} cannot be cached in {self.folder}: {error}; {FOLDER_VARIABLE} names another folder"
+            ) from error
+
+    def _try_to_fetch(self, shard: StoredShard, wait: bool) -> bool:
+        """Says whether the shard is there now."""
+        part = self.folder / f"{shard.entry.sha256}.{shard.entry.bytes}.part"
         with _locked(part, wait) as is_ours:
-            if is_ours and not self.holds(shard.entry):
-                try:
-                    self._download(shard, part)
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
-                self._sound.add(shard.entry.sha256)
-                os.replace(part, self._path(shard.entry))
-            elif is_ours:
+            if not is_ours:
+                return False
+            if self.holds(shard.entry):
                 part.unlink()
+                return True
+            try:
+                self.require_room(shard.entry.bytes)
+                if not self._make_room(part):
+                    return False
+                self._download(shard, part)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            self._sound.add(shard.entry.sha256)
+            os.replace(part, self._path(shard.entry))
+            return True
 
     def _download(self, shard: StoredShard, part: Path) -> None:
         for _ in range(_DOWNLOAD_ATTEMPTS):
-            self._make_room(shard.entry.bytes)
             try:
                 files.download(shard.path, str(part))
             except FileNotFoundError as error:
@@ -183,9 +212,10 @@ class ShardCache:
         path = self._path(entry)
         try:
             stream = path.open("rb")
-            os.utime(path)
         except FileNotFoundError:
             return None
+        with suppress(OSError):  # it was removed, or is another user's
+            os.utime(path)
         if entry.sha256 not in self._sound:
             if hashlib.file_digest(stream, "sha256").hexdigest() != entry.sha256:
                 logger.warning("%s was damaged since it was fetched; fetching it again", path)
@@ -196,23 +226,49 @@ class ShardCache:
             stream.seek(0)
         return stream
 
-    def _make_room(self, needed: int) -> None:
-        """Removes what was used longest ago until `needed` bytes are within the limit."""
-        with _locked(self.folder / ".lock"):
-            there = sorted(self._files())
-            excess = sum(size for _, _, size in there) + needed - self.limit
-            for _, path, size in there:
-                if excess <= 0:
-                    return
-                excess -= size if _remove(path) else 0
+    def _make_room(self, part: Path) -> bool:
+        """Removes what was used longest ago until all that is there, and all that is on its way, has room.
 
-    def _files(self) -> Iterator[tuple[float, Path, int]]:
-        """When each file was used last, where it is, and its bytes."""
+        Where other downloads leave none, `part` goes: of several that find so, one is the last, and has room.
+
+        Returns:
+            Whether there is room within the limit. If the disk has less, downloading will tell.
+        """
+        with _locked(self.folder / ".lock"):
+            there = sorted(self._files(), key=lambda file: file.used)
+            excess = sum(file.claim for file in there) - self.limit
+            free = files.free_bytes(str(self.folder))
+            lacking = 0 if free is None else sum(file.claim - file.bytes for file in there) - free
+            for file in there:
+                if max(excess, lacking) <= 0:
+                    break
+                if _remove(file.path):
+                    excess -= file.claim
+                    lacking -= file.claim
+            if excess > 0:
+                part.unlink()
+            return excess <= 0
+
+    def _files(self) -> Iterator[_File]:
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
                 if entry.name.endswith((".parquet", ".part")):
                     status = entry.stat()
-                    yield status.st_mtime, Path(entry.path), status.st_size
+                    claim = entry.name.split(".")[1]
+                    whole = int(claim) if claim.isdigit() else 0
+                    yield _File(Path(entry.path), status.st_mtime_ns, status.st_size, max(status.st_size, whole))
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the cache."""
+
+    path: Path
+    used: int
+    """When it was used last, in nanoseconds."""
+    bytes: int
+    claim: int
+    """Bytes that it will have."""
 
 
 class _Prefetcher:
@@ -256,9 +312,12 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if not _lock(descriptor, wait):
                 yield False
                 return
-            if _is_at(descriptor, path):  # else it was renamed or removed by the one before
-                yield True
-                return
+            try:
+                if _is_at(descriptor, path):  # else it was renamed or removed by the one before
+                    yield True
+                    return
+            finally:  # closing alone would leave it to a process that was forked meanwhile
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
