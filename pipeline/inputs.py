@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus import SUFFIXES, FileRange, RowGroup, TextFormat, read_row_groups
+from pipeline.expansion import expand
 from pipeline.plan import (
     DEFAULT_SPLIT_BYTES,
     Split,
@@ -129,7 +130,7 @@ def find_text(patterns: list[str], split_bytes: int | None, text_format: TextFor
                 + ("" if has_manifest(folder) else f", and it is not complete: it has no {MANIFEST_NAME}")
                 + f"; see `python -m pipeline.status {folder}`"
             )
-    found = files.expand(patterns, SUFFIXES)
+    found = expand(patterns, SUFFIXES)
     paths = list(found)
     if unknown := [path for path in paths if not path.lower().endswith(SUFFIXES)]:
         raise ConfigurationError(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline import score_corpus, tokenize_corpus
+from scorer import files
 from tests.object_store import S3Server, Weather
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,18 @@ SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(params=["local", "file URL", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty folder on each kind of file system, as a user would write it."""
+    if request.param == "memory":
+        path = f"memory://{uuid.uuid4().hex}"
+        files.make_folder(path)
+        yield path
+        files.remove_folder(path)
+    else:
+        yield str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
 
 
 @pytest.fixture(scope="session")

@@ -54,9 +54,16 @@ class StoredShard:
 
 
 def cache_folder() -> Path:
-    """The folder of this machine for copies of what lies in object stores."""
+    """The folder of this machine for copies of what lies in object stores.
+
+    Raises:
+        ConfigurationError: it is to be in one itself.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get(FOLDER_VARIABLE) or os.path.join(home, "hardness-masking"))
+    folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(home, "hardness-masking")
+    if "://" in folder:
+        raise ConfigurationError(f"{FOLDER_VARIABLE}={folder}: expected a folder on a local disk")
+    return Path(folder)
 
 
 class ShardCache:

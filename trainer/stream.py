@@ -15,8 +15,9 @@ by arithmetic. A thread reads the next window while this one is trained on: a pr
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,6 @@ class TrainingStream(Dataset[Feature]):
         self._orders: dict[int, _EpochOrder] = {}
         self._window: tuple[_Window, ShardContent] | None = None
         self._ahead: tuple[_Window, Future[ShardContent]] | None = None
-        self._reader: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -165,10 +165,19 @@ class TrainingStream(Dataset[Feature]):
         return following if begins < self._length else None
 
     def _read_ahead(self, window: _Window, spare: ShardContent | None) -> Future[ShardContent]:
-        if self._reader is None:  # made here, in the process that reads: threads do not survive a loader's fork
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._corpus.prefetch(self._upcoming_shards(window))
-        return self._reader.submit(self._read_window, *self._shuffle(window), spare)
+        groups, targets = self._shuffle(window)
+        rows: Future[ShardContent] = Future()
+
+        def read() -> None:
+            try:
+                rows.set_result(self._read_window(groups, targets, spare))
+            except BaseException as error:
+                rows.set_exception(error)
+
+        # An executor's thread would have to end before the process can, also after Ctrl-C in a slow download.
+        threading.Thread(target=read, name="window", daemon=True).start()
+        return rows
 
     def _upcoming_shards(self, window: _Window) -> Iterator[int]:
         """The shards of what is left of a window's pool, and of the next pool, in the order of their first use."""

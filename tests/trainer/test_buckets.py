@@ -158,15 +158,20 @@ def leftovers(cache):
     return [path.name for path in cache.iterdir() if path.suffix != ".parquet" and path.name != ".lock"]
 
 
-def run_program(tmp_path, *arguments, kill_after=0, processes=1):
-    """Runs `pretrain` with small pools; returns how it ended, and what it downloaded."""
+def write_program(tmp_path, *arguments, kill_after=0, processes=1):
+    """`pretrain` with small pools: its command line, its environment, and where it says what it downloads."""
     program, log = tmp_path / "program.py", tmp_path / "downloads.txt"
     program.write_text(PROGRAM.format(pool=POOL))
     log.unlink(missing_ok=True)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(program), str(log), str(kill_after), *map(str, arguments)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
+    return command, {**os.environ, "PYTHONPATH": paths}, log
+
+
+def run_program(tmp_path, *arguments, **settings):
+    """Runs `pretrain` with small pools; returns how it ended, and what it downloaded."""
+    command, environment, log = write_program(tmp_path, *arguments, **settings)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     lines = log.read_text().splitlines() if log.exists() else []
     return done, [line.rpartition("/")[2] for line in lines]
@@ -289,6 +294,26 @@ def test_a_trainer_that_is_killed_in_mid_download_goes_on_to_the_same_bits(tmp_p
     assert_same_run(tmp_path / "run", undisturbed)
     assert len(second) <= SHARDS - 1
     assert max(Counter(second).values()) == 1
+
+
+@pytest.mark.slow  # 15 s
+def test_a_trainer_that_waits_for_a_download_ends_when_it_is_told_to(tmp_path, url, flags, weather):
+    """At 1 kB/s the download would take minutes."""
+    arguments = ["--shards", url, *flags, "--output_dir", tmp_path / "run"]
+    command, environment, log = write_program(tmp_path, *arguments)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        weather.slow(bandwidth=100_000)
+        while not log.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        weather.slow(bandwidth=1_000)
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 143, said
+    assert "run the same command again" in said
 
 
 @pytest.mark.slow  # 30 s

@@ -419,6 +419,13 @@ class TestRefusals:
         assert cache.folder.is_relative_to(tmp_path)
         assert cache.limit == 20_000_000_000
 
+    def test_a_folder_in_a_store_is_an_error(self, monkeypatch):
+        monkeypatch.setenv("HARDNESS_CACHE", "s3://bucket/cache")
+        with pytest.raises(
+            ConfigurationError, match="HARDNESS_CACHE=s3://bucket/cache: expected a folder on a local d"
+        ):
+            ShardCache.from_environment()
+
     @pytest.mark.parametrize("gigabytes", ["0", "-1", "nan", "inf", "20 GB", "", "1e-10"])
     def test_a_limit_that_is_none_is_an_error(self, tmp_path, monkeypatch, gigabytes):
         monkeypatch.setenv("HARDNESS_CACHE", str(tmp_path))
