@@ -162,7 +162,7 @@ def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
     for some in _batches(paths, _READ_AT_ONCE):
         store, _ = connect(some[0])
         whole: Mapping[str, bytes | Exception] = {}
-        if not isinstance(store, LocalFileSystem):
+        if not isinstance(store, LocalFileSystem) and not _GLOB_CHARACTERS.search("".join(some)):  # cat takes patterns
             whole = store.cat([connect(path)[1] for path in some], on_error="return")
         for path in some:
             data = whole.get(connect(path)[1])
@@ -358,7 +358,11 @@ def remove_folder(path: str) -> None:
     """Removes a folder and all that is in it, if it is there."""
     filesystem, stripped = connect(path)
     with suppress(FileNotFoundError):
-        filesystem.rm(stripped, recursive=True)
+        if isinstance(filesystem, LocalFileSystem):
+            filesystem.rm(stripped, recursive=True)
+            return
+        for file in filesystem.find(stripped):  # whose rm, and get, would take a '[' in the name for a pattern
+            filesystem.rm_file(file)
 
 
 def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
@@ -469,7 +473,13 @@ def local_folder(folder: str) -> Iterator[str]:
         yield stripped
         return
     with tempfile.TemporaryDirectory() as copy:
-        filesystem.get(stripped.rstrip("/") + "/", copy + "/", recursive=True)
+        root = stripped.rstrip("/") + "/"
+        for file in filesystem.find(stripped):
+            if not file.startswith(root) or file.endswith("/"):
+                continue  # an object that some tools make to stand for a folder
+            local = os.path.join(copy, file.removeprefix(root))
+            os.makedirs(os.path.dirname(local), exist_ok=True)
+            filesystem.get_file(file, local)
         yield copy
 
 
