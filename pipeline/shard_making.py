@@ -62,7 +62,8 @@ class Recipe:
     provenance: Provenance
 
     def open(self) -> ShardMaker:
-        """Loads tokenizer and model."""
+        """Loads tokenizer and model, and tidies up after makers that were killed on this machine."""
+        files.sweep_staging(self.folder)
         return ShardMaker(self.folder, self.source.open(), self.step.open(), self.provenance)
 
 

@@ -36,6 +36,8 @@ _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 """What no other attempt at the same file would mend: no space, no permission, a broken disk."""
 _REPLACE_ATTEMPTS = 3
 _READ_AT_ONCE = 256
+_STALE_SECONDS = 6 * 3600.0
+"""After which nobody uploads a file any more that was begun in a folder for temporary files."""
 
 
 def local_path(path: str) -> str | None:
@@ -55,8 +57,14 @@ def free_bytes(folder: str) -> int | None:
 
 
 def staging_folder(folder: str) -> str:
-    """The local folder in which what is published in `folder` is made: itself, or the one for temporary files."""
-    return local_path(folder) or tempfile.gettempdir()
+    """The local folder in which what is published in `folder` is made: itself, or one among the temporary files."""
+    return local_path(folder) or os.path.join(tempfile.gettempdir(), f"hardness-masking-{os.getuid()}")
+
+
+def sweep_staging(folder: str) -> None:
+    """Removes what killed writers left on this machine of files that were to be published in a store."""
+    if local_path(folder) is None:
+        remove_temporaries(staging_folder(folder), _STALE_SECONDS)
 
 
 def absolute(path: str) -> str:
@@ -160,7 +168,7 @@ def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
     for some in _batches(paths, _READ_AT_ONCE):
         store, _ = connect(some[0])
         whole: Mapping[str, bytes | Exception] = {}
-        if not isinstance(store, LocalFileSystem):
+        if not isinstance(store, LocalFileSystem) and not _GLOB_CHARACTERS.search("".join(some)):  # cat takes patterns
             whole = store.cat([connect(path)[1] for path in some], on_error="return")
         for path in some:
             data = whole.get(connect(path)[1])
@@ -258,7 +266,9 @@ def staged(path: str) -> Iterator[str]:
     filesystem, stripped = connect(path)
     folder, name = os.path.split(stripped)
     is_local = isinstance(filesystem, LocalFileSystem)
-    folder = folder if is_local else tempfile.gettempdir()
+    if not is_local:
+        folder = staging_folder(path)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
     temporary = os.path.join(folder, temporary_name(name))
     try:
         yield temporary
@@ -367,7 +377,11 @@ def remove_folder(path: str) -> None:
     """Removes a folder and all that is in it, if it is there."""
     filesystem, stripped = connect(path)
     with suppress(FileNotFoundError):
-        filesystem.rm(stripped, recursive=True)
+        if isinstance(filesystem, LocalFileSystem):
+            filesystem.rm(stripped, recursive=True)
+            return
+        for file in filesystem.find(stripped):  # whose rm, and get, would take a '[' in the name for a pattern
+            filesystem.rm_file(file)
 
 
 def remove_temporaries(folder: str, older_than: float = 0.0) -> None:
@@ -452,8 +466,11 @@ def download_folder(folder: str, local: str) -> None:
         StorageError: there is no room for them.
     """
     store, stripped = connect(folder)
+    root = stripped.rstrip("/") + "/"
     for path in store.find(stripped):
-        name = path.removeprefix(stripped.rstrip("/") + "/")
+        if not path.startswith(root) or path.endswith("/"):
+            continue  # an object that some tools make to stand for a folder
+        name = path.removeprefix(root)
         target = os.path.join(local, *name.split("/"))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         download(join(folder, name), target)

@@ -33,6 +33,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE, _PAUSE_GROWTH = 0.25, 15.0, 1.7
 _BLOCK_BYTES = 8 << 20
 """What a reader asks for at a time: on S3 a request costs as much time as 2 MB."""
 
+_S3_CONFIGURATION = {"retries": {"total_max_attempts": 1}, "read_timeout": 60}
+"""One attempt a request, for these libraries would else wait through each other's patience, and ours. And a minute for an
+answer: s3fs's 15 s are over before a slow line has carried what the system's buffers took of an upload."""
 _PASSING_ERRNOS = (errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EBUSY))
 _PASSING_STATUSES = (408, 409, 425, 429)
 _PASSING_CODES = ("BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch")
@@ -72,8 +75,7 @@ def connect(path: str) -> tuple[Any, str]:
         ConfigurationError: no such protocol, or its library is not installed.
     """
     protocol = path.partition("://")[0]
-    # One attempt a request: these libraries would else wait through each other's patience, and ours.
-    options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}} if protocol in ("s3", "s3a") else {}
+    options = {"config_kwargs": _S3_CONFIGURATION} if protocol in ("s3", "s3a") else {}
     try:
         filesystem, stripped = fsspec.core.url_to_fs(path, use_listings_cache=False, **options)
     except ImportError as error:

@@ -204,6 +204,23 @@ def test_a_corpus_of_any_form_is_read_from_a_bucket(
     assert store.read("blocks/_rejects.jsonl").count(b"\n") == 1
 
 
+@pytest.mark.parametrize("output", ["", "/run[1]", "/a b*"])
+def test_any_name_will_do(
+    store: Bucket, command: Command, corpus_folder: Path, tokenizer_folder: Path, output: str
+) -> None:
+    """The bucket itself too, names that look like patterns, and folders that a console made before."""
+    tokenizer = store.put_folder(tokenizer_folder, "mo[d]els/tokenizer*")
+    store.put("mo[d]els/tokenizer*/", b"")
+    corpus = store.put("in/a.jsonl", (corpus_folder / "a.jsonl").read_bytes()[:40_000])
+    folder = f"{store.url}{output}"
+    if output:
+        store.put(f"{output[1:]}/", b"")
+    flags = ["--input", corpus, "--tokenizer", tokenizer, "--output", folder, "--split_bytes", 20_000, *IN_THREADS]
+    assert command(tokenize_corpus.main, *flags)[0] == 0
+    assert status.main([folder, "--json"]) == 0
+    assert command(verify.main, folder)[0] == 0
+
+
 @pytest.fixture
 def block_job(store: Bucket, command: Command, corpus_folder: Path, tokenizer_folder: Path) -> Callable[[], str]:
     """Tokenizes the small corpus into the bucket; the same again where it is called again. Gives standard error."""

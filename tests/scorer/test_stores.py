@@ -292,3 +292,15 @@ def test_folders_go_up_and_down_whole(tmp_path, store):
     assert {name: path.read_text() for name, path in found.items() if path.is_file()} == {
         name: name for name in ("a", "b/c", "b/d/e")
     }
+
+
+def test_what_a_killed_writer_was_to_upload_is_swept_when_it_is_old(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    with files.staged("memory://bucket/shard") as temporary:
+        young = temporary + ".x.tmp"
+        for path, age in ((temporary, 7 * 3600), (young, 60)):
+            with open(path, "wb"):
+                os.utime(path, (os.path.getmtime(path) - age,) * 2)
+        files.sweep_staging("memory://bucket")
+        assert not os.path.exists(temporary)
+        assert os.path.exists(young)
