@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from scorer.errors import ConfigurationError
+from scorer.files import looks_like_glob
 from scorer.stores import connect
-
-_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def expand(patterns: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, int]:
@@ -50,7 +48,7 @@ def _listed(filesystem: Any, stripped: str, pattern: str, suffixes: tuple[str, .
             if path.lower().endswith(suffixes) and not _is_hidden(path.removeprefix(stripped))
         }
         lacking = f"the folder {pattern} holds no file that ends in {', '.join(suffixes)}"
-    elif filesystem.exists(stripped) or not _GLOB_CHARACTERS.search(stripped):
+    elif filesystem.exists(stripped) or not looks_like_glob(stripped):
         found = {stripped: filesystem.info(stripped)} if filesystem.exists(stripped) else {}
         lacking = f"there is no {pattern}: check the path"
     else:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -35,6 +36,7 @@ _CHUNK_BYTES = 1 << 20
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 """What no other attempt at the same file would mend: no space, no permission, a broken disk."""
 _REPLACE_ATTEMPTS = 3
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _READ_AT_ONCE = 256
 _STALE_SECONDS = 6 * 3600.0
 """After which nobody uploads a file any more that was begun in a folder for temporary files."""
@@ -70,6 +72,11 @@ def sweep_staging(folder: str) -> None:
 def absolute(path: str) -> str:
     """The same place, whatever folder a process on whatever machine works in."""
     return local_path(path) or path
+
+
+def looks_like_glob(path: str) -> bool:
+    """Says whether a path may be a pattern; a name may look like one."""
+    return _GLOB_CHARACTERS.search(path) is not None
 
 
 def join(folder: str, *names: str) -> str:
@@ -168,7 +175,7 @@ def read_many(paths: Iterable[str]) -> Iterator[bytes | None]:
     for some in _batches(paths, _READ_AT_ONCE):
         store, _ = connect(some[0])
         whole: Mapping[str, bytes | Exception] = {}
-        if not isinstance(store, LocalFileSystem) and not _GLOB_CHARACTERS.search("".join(some)):  # cat takes patterns
+        if not isinstance(store, LocalFileSystem) and not looks_like_glob("".join(some)):  # cat takes patterns
             whole = store.cat([connect(path)[1] for path in some], on_error="return")
         for path in some:
             data = whole.get(connect(path)[1])

@@ -34,8 +34,8 @@ _BLOCK_BYTES = 8 << 20
 """What a reader asks for at a time: on S3 a request costs as much time as 2 MB."""
 
 _S3_CONFIGURATION = {"retries": {"total_max_attempts": 1}, "read_timeout": 60}
-"""One attempt a request, for these libraries would else wait through each other's patience, and ours. And a minute for an
-answer: s3fs's 15 s are over before a slow line has carried what the system's buffers took of an upload."""
+"""One attempt a request, for these libraries would else wait through each other's patience, and ours. And a minute for
+an answer: s3fs's 15 s are over before a slow line has carried what the system's buffers took of an upload."""
 _PASSING_ERRNOS = (errno.EBUSY, errno.EAGAIN, getattr(errno, "EREMOTEIO", errno.EBUSY))
 _PASSING_STATUSES = (408, 409, 425, 429)
 _PASSING_CODES = ("BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch")
