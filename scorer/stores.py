@@ -65,6 +65,9 @@ _ADVICE = {
 
 T = TypeVar("T")
 
+_given_up_until: dict[str, float] = {}
+"""By store, the time until which each of its requests has one attempt, after one was waited for in vain."""
+
 
 def connect(path: str) -> tuple[Any, str]:
     """The filesystem of a path or URL, and the path as that filesystem has it.
@@ -174,12 +177,18 @@ class PatientFileSystem:
         self._patiently(put)
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        for pause in _pauses():
+        place = "/".join(self._url.split("/")[:3])  # a bucket
+        # Who has waited for a store is not made to wait for it again at each step of giving up.
+        patience = 0.0 if time.monotonic() < _given_up_until.get(place, 0.0) else _patience()
+        for pause in _pauses(patience):
             try:
-                return call()
+                result = call()
+                _given_up_until.pop(place, None)
+                return result
             except Exception as error:
                 _raise_unless_passing(error, self._url)
                 if pause is None:
+                    _given_up_until[place] = time.monotonic() + _patience()
                     raise StorageError(
                         f"{self._url}: the store gave no answer for {_patience():.0f} s (last: {first_line(error)}). "
                         f"Run the same command again when it does; {PATIENCE_VARIABLE}=SECONDS waits longer"
@@ -205,10 +214,10 @@ def _patience() -> float:
         raise ConfigurationError(f"{PATIENCE_VARIABLE}={value}: expected a number of seconds") from None
 
 
-def _pauses() -> Iterator[float | None]:
+def _pauses(patience: float) -> Iterator[float | None]:
     """Seconds to wait after each attempt; None after the last one."""
     started, pause = time.monotonic(), _FIRST_PAUSE
-    while time.monotonic() - started < _patience():
+    while time.monotonic() - started < patience:
         # A store that was down would else be met by all workers at once.
         yield pause * random.uniform(0.6, 1.0)
         pause = min(pause * _PAUSE_GROWTH, _LONGEST_PAUSE)

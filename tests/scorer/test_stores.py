@@ -90,11 +90,12 @@ def clock(monkeypatch):
 def store(monkeypatch, clock):
     """A store with a file of ten bytes, whose next calls of some method fail: store(method, errors)."""
     monkeypatch.delenv(stores.PATIENCE_VARIABLE, raising=False)
+    monkeypatch.setattr(stores, "_given_up_until", {})
     MemoryFileSystem().pipe("/bucket/a", b"0123456789")
     calls = []
 
     def fail(method, errors):
-        left, real = list(errors), getattr(MemoryFileSystem, method)
+        left, real = errors, getattr(MemoryFileSystem, method)
 
         def call(self, *arguments, **options):
             calls.append(arguments)
@@ -160,6 +161,31 @@ def test_patience_ends_after_two_minutes_with_the_last_error(store, clock, caplo
     assert 120 <= clock[0] < 135 + 1
     assert all("nobody listens; trying again" in record.message for record in caplog.records)
     assert 5 < len(caplog.records) < 25
+
+
+def test_who_has_waited_in_vain_does_not_wait_again_until_the_store_answers(store, clock):
+    calls = store("info", [ConnectionRefusedError("nobody listens")] * 1000)
+    for _ in range(3):
+        with pytest.raises(StorageError):
+            files.size("memory://bucket/a")
+    assert clock[0] < 136  # the first one's patience
+    del calls[:]
+    clock[0] += 121
+    with pytest.raises(StorageError):
+        files.size("memory://bucket/a")
+    assert len(calls) > 5
+
+
+def test_an_answer_gives_patience_back(store, clock):
+    errors = [ConnectionRefusedError("nobody listens")] * 1000
+    store("info", errors)
+    with pytest.raises(StorageError):
+        files.size("memory://bucket/a")
+    assert files.names("memory://bucket") == ["a"]
+    before = clock[0]
+    errors[:] = errors[:3]
+    assert files.size("memory://bucket/a") == 10
+    assert clock[0] > before
 
 
 @pytest.mark.parametrize(("patience", "attempts"), [("0", 1), ("0.1", 2)])
