@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -39,13 +40,15 @@ class Holder:
     pid: int
     started: float
     """Seconds since the epoch at which the process began: process ids are used again."""
+    lease: str
+    """Tells apart what one process asks for twice."""
 
     @classmethod
     def this_process(cls) -> Holder:
         """The one that asks."""
         is_linux = _BOOT_ID.exists()
         boot = f"{_BOOT_ID.read_text().strip()} {os.readlink(_PID_NAMESPACE)}" if is_linux else str(psutil.boot_time())
-        return cls(socket.gethostname(), boot, os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), boot, os.getpid(), psutil.Process().create_time(), uuid.uuid4().hex)
 
 
 @contextmanager

@@ -62,13 +62,13 @@ def state_of() -> Callable[[Path], dict[str, tuple[bytes, int]]]:
 @pytest.fixture
 def blocks(block_folder: Path, tmp_path: Path) -> Path:
     """A copy of the block shards of the small corpus, to be damaged."""
-    return Path(shutil.copytree(block_folder, tmp_path / "blocks"))
+    return Path(shutil.copytree(block_folder, tmp_path / "blocks", copy_function=shutil.copy))
 
 
 @pytest.fixture
 def shards(hardness_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the hardness shards of the small corpus, to be damaged."""
-    return Path(shutil.copytree(hardness_folder, tmp_path / "shards"))
+    """A copy of the hardness shards of the small corpus, as young as a copy is, to be damaged."""
+    return Path(shutil.copytree(hardness_folder, tmp_path / "shards", copy_function=shutil.copy))
 
 
 @pytest.fixture
