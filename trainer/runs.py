@@ -232,7 +232,7 @@ class MarkComplete(TrainerCallback):
                     (old / COMPLETE_MARK).unlink()  # first, so that a half-removed one is torn
                     shutil.rmtree(old)
         if self._stored is not None:
-            self._stored.complete_checkpoint(name, [path.name for path in _complete_checkpoints(args.output_dir)])
+            self._stored.complete_checkpoint(name, self._keep, os.path.basename(state.best_model_checkpoint or ""))
 
 
 def _complete_checkpoints(output_dir: str) -> list[Path]:

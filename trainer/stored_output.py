@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +63,20 @@ class StoredOutput:
         """Uploads what this machine has of a checkpoint, less the mark."""
         files.upload_folder(os.path.join(self.folder, name), files.join(self.url, name), skipped={COMPLETE_MARK})
 
-    def complete_checkpoint(self, name: str, kept: Iterable[str]) -> None:
-        """Uploads a checkpoint's mark, and then removes the checkpoints that are no longer kept."""
+    def complete_checkpoint(self, name: str, keep: int | None, best: str | None = None) -> None:
+        """Uploads a checkpoint's mark, and then removes the oldest ones.
+
+        Args:
+            name: of the checkpoint.
+            keep: how many to keep (None: all).
+            best: the name of one that is kept in any case.
+        """
         mark = Path(self.folder, name, COMPLETE_MARK).read_bytes()
         files.replace(files.join(self.url, name, COMPLETE_MARK), mark)
-        still = set(kept)
-        for old in (f"{CHECKPOINT_PREFIX}{step}" for step in self._complete()):
-            if old not in still:
+        if keep is None:
+            return
+        for old in (f"{CHECKPOINT_PREFIX}{step}" for step in self._complete()[: -max(1, keep)]):
+            if old != best:
                 files.remove(files.join(self.url, old, COMPLETE_MARK))  # first, so that a half-removed one is torn
                 files.remove_folder(files.join(self.url, old))
 

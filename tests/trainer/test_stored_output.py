@@ -37,7 +37,7 @@ def write_checkpoint(output, step, content):
 
 
 def test_a_checkpoint_without_its_mark_is_not_fetched(output):
-    output.complete_checkpoint(write_checkpoint(output, 2, "two"), ["checkpoint-2"])
+    output.complete_checkpoint(write_checkpoint(output, 2, "two"), keep=None)
     write_checkpoint(output, 4, "four")  # its writer died before the mark
     output.fetch()
     assert [path.name for path in Path(output.folder).iterdir()] == ["checkpoint-2"]
@@ -46,7 +46,7 @@ def test_a_checkpoint_without_its_mark_is_not_fetched(output):
 
 def test_the_newest_checkpoint_is_fetched_by_its_number(output):
     for step in (90, 100):
-        output.complete_checkpoint(write_checkpoint(output, step, str(step)), ["checkpoint-90", "checkpoint-100"])
+        output.complete_checkpoint(write_checkpoint(output, step, str(step)), keep=None)
     output.fetch()
     assert [path.name for path in Path(output.folder).iterdir()] == ["checkpoint-100"]
 
@@ -58,11 +58,17 @@ def test_what_an_earlier_run_left_in_the_local_copy_is_removed(output):
     assert list(Path(output.folder).iterdir()) == []
 
 
-def test_only_the_checkpoints_that_are_kept_stay(output):
-    for step in (2, 4, 6):
-        name = write_checkpoint(output, step, str(step))
-        output.complete_checkpoint(name, [f"checkpoint-{max(2, step - 2)}", name])
-    assert files.names(output.url) == ["checkpoint-4", "checkpoint-6"]
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(None, None, [2, 4, 6, 8]), (2, None, [6, 8]), (0, None, [8]), (2, "checkpoint-2", [2, 6, 8])],
+)
+def test_only_the_checkpoints_that_are_kept_stay(output, keep, best, left):
+    """Also where the local copy, after a resume, has only the newest one."""
+    for step in (2, 4, 6, 8):
+        output.complete_checkpoint(write_checkpoint(output, step, str(step)), keep, best)
+        output.fetch()
+    there = [name for name in files.names(output.url) if files.names(files.join(output.url, name))]
+    assert there == [f"checkpoint-{step}" for step in left]
 
 
 def test_each_url_has_a_copy_of_its_own_however_it_is_spelled(output):
