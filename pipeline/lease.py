@@ -28,6 +28,8 @@ _RENEW_SECONDS = 15.0
 _EXPIRE_SECONDS = 60.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
+_held: set[str] = set()
+"""The leases that this process holds now; a store that was away may still have others of it."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ def holding(folder: str) -> Iterator[None]:
         ConfigurationError: another driver is at work in the folder.
     """
     path = files.join(folder, LEASE_NAME)
-    lease = files.to_json(asdict(Holder.this_process()))
-    _take(path, lease)
+    holder = Holder.this_process()
+    lease = files.to_json(asdict(holder))
+    _held.add(holder.lease)
+    try:
+        _take(path, lease)
+    except BaseException:
+        _held.discard(holder.lease)
+        raise
     released = threading.Event()
 
     def renew() -> None:
@@ -75,7 +83,8 @@ def holding(folder: str) -> Iterator[None]:
     finally:
         released.set()
         thread.join()
-        with suppress(StorageError):  # it ends with this process
+        _held.discard(holder.lease)
+        with suppress(StorageError):  # nobody takes it for alive any more
             files.remove(path)
 
 
@@ -110,6 +119,8 @@ def _living_holder(path: str) -> str | None:
     described = f"process {holder.pid} on {holder.host}"
     if holder.boot != Holder.this_process().boot:
         return f"{described}, last heard of {age:.0f} s ago" if age < _EXPIRE_SECONDS else None
+    if holder.pid == os.getpid():
+        return described if holder.lease in _held else None
     try:
         is_alive = abs(psutil.Process(holder.pid).create_time() - holder.started) < 1.0
     except (psutil.NoSuchProcess, TypeError, ValueError, OverflowError):
