@@ -273,11 +273,11 @@ def staged(path: str) -> Iterator[str]:
     filesystem, stripped = connect(path)
     folder, name = os.path.split(stripped)
     is_local = isinstance(filesystem, LocalFileSystem)
-    if not is_local:
-        folder = staging_folder(path)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+    folder = folder if is_local else staging_folder(path)
     temporary = os.path.join(folder, temporary_name(name))
     try:
+        if not is_local:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
         yield temporary
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
@@ -427,23 +427,6 @@ def local_folder(folder: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as copy:
         download_folder(folder, copy)
-        yield copy
-
-
-@contextmanager
-def local_file(path: str) -> Iterator[str]:
-    """Gives a local path for a file: its own where it is local, else a temporary copy. For what is read several times.
-
-    Raises:
-        StorageError: there is no room for the copy.
-    """
-    filesystem, stripped = connect(path)
-    if isinstance(filesystem, LocalFileSystem):
-        yield stripped
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = os.path.join(scratch, "copy")
-        download(path, copy)
         yield copy
 
 

@@ -224,9 +224,8 @@ def test_a_download_that_comes_short_is_made_again(store, monkeypatch, tmp_path)
             stream.write(b"0123456789"[: shorts.pop() if shorts else None])
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", cut)
-    with files.local_file("memory://bucket/a") as copy, open(copy, "rb") as stream:
-        assert stream.read() == b"0123456789"
-    assert not os.path.exists(copy)
+    files.download("memory://bucket/a", str(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 def test_a_download_without_room_says_so(store, tmp_path):
@@ -331,3 +330,13 @@ def test_what_a_killed_writer_was_to_upload_is_swept_when_it_is_old(store, tmp_p
         files.sweep_staging("memory://bucket")
         assert not os.path.exists(temporary)
         assert os.path.exists(young)
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_made_is_said(store, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files.os, "makedirs", refuse)
+    with pytest.raises(StorageError, match=f"memory://bucket/b cannot be written: Permission denied in {tmp_path}"):
+        files.publish("memory://bucket/b", b"b")
