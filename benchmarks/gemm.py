@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from scorer.engine.cores import side_by_side
+
 Multiply = Callable[[], object]
 
 
@@ -20,14 +22,16 @@ class Gemm:
     m: int
     n: int
     k: int
+    cores: int = 0
+    """Each of which computes such a product by itself; 0: one product for all."""
 
     @property
     def flops(self) -> float:
-        """Of one product."""
-        return 2.0 * self.m * self.n * self.k
+        """Of one call."""
+        return 2.0 * self.m * self.n * self.k * max(1, self.cores)
 
     def __str__(self) -> str:
-        return f"{self.product}, {self.m} x {self.n} x {self.k}"
+        return f"{self.product}, {self.m} x {self.n} x {self.k}{', one a core' if self.cores else ''}"
 
 
 SHAPES = {
@@ -45,7 +49,10 @@ def candidates(device: torch.device, dtype: torch.dtype, is_tiny: bool = False) 
         yield Gemm("torch.mm", m, n, k), _mm(rows, weight)
         yield Gemm("functional.linear", m, n, k), _linear(rows, weight)
         if device.type == "cpu":
-            yield Gemm("oneDNN, packed", m, n, k), _packed(rows, weight)
+            packed, cores = _packed(rows, weight), torch.get_num_threads()
+            yield Gemm("oneDNN, packed", m, n, k), packed
+            if cores > 1:
+                yield Gemm("oneDNN, packed", m, n, k, cores), _on_all_cores(packed, cores)
 
 
 def _mm(rows: Tensor, weight: Tensor) -> Multiply:
@@ -56,6 +63,10 @@ def _mm(rows: Tensor, weight: Tensor) -> Multiply:
 
 def _linear(rows: Tensor, weight: Tensor) -> Multiply:
     return torch.inference_mode()(lambda: functional.linear(rows, weight))
+
+
+def _on_all_cores(multiply: Multiply, cores: int) -> Multiply:
+    return lambda: side_by_side(lambda _: multiply(), range(cores))
 
 
 def _packed(rows: Tensor, weight: Tensor) -> Multiply:

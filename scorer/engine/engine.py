@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from scorer.console import first_line
 from scorer.engine.compilation import compiled
+from scorer.engine.cores import side_by_side
 from scorer.engine.heads import HEADS, plain_projection
 from scorer.engine.packed import can_pack
 from scorer.engine.reference import reference_nll
@@ -22,7 +24,7 @@ from scorer.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _CPU_TOKENS = 2048
-"""Of a forward pass on a CPU: its activations stay in the last cache, and there are few calls for them."""
+"""Of the forward passes on all cores: their activations stay in the last cache, and there are few calls for them."""
 _CUDA_BLOCKS = 64
 """Of a forward pass on a GPU: 32,768 tokens, 3 TFLOP a direction, against which the launches do not count."""
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -41,7 +43,7 @@ class Settings:
     compiled: bool
     """Whether torch compiles the body, for one shape of batch; no kernel is chosen by timing."""
     micro_batch: int
-    """Blocks of a forward pass. 0: as many as have 2,048 tokens together. On CUDA, fewer are filled up to as many."""
+    """Blocks of a forward pass; on CUDA, fewer are filled up to as many. 0: a core's share of 2,048 tokens."""
     float8: bool = False
     """Whether the body's linear layers multiply in 8 bits, for GPUs that are faster so; see `scorer.engine.float8`."""
 
@@ -94,18 +96,30 @@ class Engine:
         """
         if not input_ids.numel():
             return torch.empty(input_ids.shape, device=input_ids.device)
-        blocks = self.settings.micro_batch or max(1, _CPU_TOKENS // input_ids.shape[1])
-        return torch.cat([self._pass(ids, blocks) for ids in input_ids.split(blocks)])
-
-    def _pass(self, ids: Tensor, blocks: int) -> Tensor:
+        count, blocks = len(input_ids), self.settings.micro_batch or _share_of_a_core(*input_ids.shape)
         if not self.is_fast:
-            return reference_nll(self._model, ids)
-        count = len(ids)
-        if self._is_cuda and count < blocks:  # one shape, so one kernel: the same bytes however many come together
-            ids = torch.cat([ids, ids[-1:].expand(blocks - count, -1)])
+            return torch.cat([reference_nll(self._model, ids) for ids in input_ids.split(blocks)])
+        if self._is_cuda:  # one shape, so one kernel: the same bytes however many come together
+            input_ids = torch.cat([input_ids, input_ids[-1:].expand(-count % blocks, -1)])
+        passes = input_ids.split(blocks)
+        if self._is_cuda or self.settings.compiled or len(passes) < torch.get_num_threads():
+            return torch.cat([self._pass(ids) for ids in passes])[:count]
+        return torch.cat(side_by_side(self._pass, passes))
+
+    @torch.inference_mode()
+    def _pass(self, ids: Tensor) -> Tensor:
         targets = functional.pad(ids[:, 1:], (0, 1))  # the last one has none: any will do
         nll = self.head(self.body(ids).flatten(0, 1), targets.flatten()).view(ids.shape)
-        return functional.pad(nll[:count, :-1], (1, 0), value=torch.nan)
+        return functional.pad(nll[:, :-1], (1, 0), value=torch.nan)
+
+
+def _share_of_a_core(blocks: int, length: int) -> int:
+    """Blocks of a pass such that all cores have about as many tokens, and not too many; all, if there are too few."""
+    cores = torch.get_num_threads()
+    if blocks < cores:
+        return max(1, _CPU_TOKENS // length)
+    rounds = math.ceil(blocks / cores / max(1, _CPU_TOKENS // (length * cores)))
+    return math.ceil(blocks / cores / rounds)
 
 
 def _make_body(model: PreTrainedModel, settings: Settings) -> Body:

@@ -21,61 +21,19 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from scorer.engine.compilation import compiled
-from scorer.engine.packed import PackedLinear, can_pack
+from scorer.engine.packed_head import PackedHead
 from scorer.engine.triton_head import TritonHead
-from scorer.errors import ConfigurationError
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """Hidden states [N, D] and the tokens that come next, int64 [N], to NLLs in nats, float32 [N]."""
 MakeHead = Callable[[Tensor, Tensor | None], Head]
 """Weights [V, D] and bias [V], if any, of the vocabulary projection to a head on their device."""
 
-_PACKED_ROWS, _PACKED_COLUMNS = 256, 1536
-"""1.5 MB of float32 logits, which the second-level caches of two cores hold; smaller ones cost more in calls."""
 _PLAIN_ROWS, _PLAIN_COLUMNS = 512, 8192
 _CUDA_ROWS, _CUDA_COLUMNS = 4096, 4096
 """32 MiB of bfloat16 logits, less than an H200's second-level cache."""
 _ALIGNMENT = 64
 """Columns, of which a GPU's matrix products want a multiple."""
-
-
-class PackedHead:
-    """On a CPU: oneDNN's product of one chunk of the vocabulary after the other."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        """Packs the weights.
-
-        Raises:
-            ConfigurationError: this machine, device or dtype has no such product.
-        """
-        if not can_pack(weight.device, weight.dtype):
-            raise ConfigurationError(
-                f"no packed product of {weight.dtype} on {weight.device}: expected float32, or bfloat16 where the CPU "
-                "has it; take the head 'chunked'"
-            )
-        biases = [None] * len(weight) if bias is None else bias.split(_PACKED_COLUMNS)
-        self._products = [
-            PackedLinear(columns, some) for columns, some in zip(weight.split(_PACKED_COLUMNS), biases, strict=False)
-        ]
-        self._columns_of_last = len(weight) - _PACKED_COLUMNS * (len(self._products) - 1)
-
-    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """See `Head`."""
-        pairs = zip(hidden.split(_PACKED_ROWS), targets.split(_PACKED_ROWS), strict=True)
-        return torch.cat([self._nll(rows, wanted) for rows, wanted in pairs])
-
-    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        chunk, column = targets // _PACKED_COLUMNS, (targets % _PACKED_COLUMNS)[:, None]
-        column_of_last = column.clamp(max=self._columns_of_last - 1)
-        normalizers, picked = [], []
-        for product in self._products:
-            logits = product(hidden)
-            # The one fused pass over a row that torch has: x − lse(x). Any column gives lse(x) back.
-            log_softmax = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-            normalizers.append(logits[:, 0].float() - log_softmax[:, 0])
-            picked.append(logits.gather(1, column_of_last if product is self._products[-1] else column))
-            del logits, log_softmax  # so that the next ones take their place, and not other cache lines
-        return _combine(torch.stack(normalizers), torch.cat(picked, dim=1).t(), chunk)
 
 
 class ChunkedHead:

@@ -72,6 +72,56 @@ class TestHeads:
         np.testing.assert_allclose(found.numpy(), [0.0, 2e4], atol=1e-2)
 
     @pytest.mark.parametrize("name", CPU_HEADS)
+    def test_bear_what_all_logits_of_a_token_have_in_common(self, name):
+        """Trained models' may all be far below 0."""
+        generator = torch.Generator().manual_seed(1)
+        hidden, weight = torch.randn(40, 24, generator=generator), torch.randn(3100, 24, generator=generator)
+        hidden[:, 0], weight[:, 0] = 10.0, -30.0
+        targets = torch.randint(0, 3100, (40,), generator=generator)
+        with torch.inference_mode():
+            found = HEADS[name](weight, None)(hidden, targets)
+        np.testing.assert_allclose(found.numpy(), exact_nll(hidden, weight, None, targets), rtol=0, atol=2e-4)
+
+    @pytest.mark.parametrize("name", CPU_HEADS)
+    def test_take_a_bias_of_minus_infinity_for_an_id_that_cannot_come(self, name):
+        generator = torch.Generator().manual_seed(1)
+        hidden, weight = torch.randn(300, 24, generator=generator), torch.randn(3100, 24, generator=generator)
+        bias = torch.randn(3100, generator=generator)
+        bias[[0, 7, 1536, 3099]] = -math.inf
+        targets = torch.randint(8, 1500, (300,), generator=generator)
+        with torch.inference_mode():
+            found = HEADS[name](weight, bias)(hidden, targets)
+        np.testing.assert_allclose(found.numpy(), exact_nll(hidden, weight, bias, targets), rtol=0, atol=2e-5)
+
+    @needs_packing
+    def test_packed_gives_a_token_the_same_bytes_beside_others_that_overflow(self):
+        generator = torch.Generator().manual_seed(1)
+        hidden, weight = torch.randn(300, 24, generator=generator), torch.randn(3100, 24, generator=generator)
+        targets = torch.randint(0, 3100, (300,), generator=generator)
+        huge = hidden.clone()
+        huge[5], huge[299] = 100.0, -100.0
+        with torch.inference_mode():
+            head = HEADS["packed"](weight, None)
+            alone, beside = head(hidden, targets), head(huge, targets)
+        np.testing.assert_allclose(beside.numpy(), exact_nll(huge, weight, None, targets), rtol=2e-6, atol=2e-5)
+        ordinary = torch.ones(300, dtype=torch.bool)
+        ordinary[[5, 299]] = False
+        assert torch.equal(alone[ordinary], beside[ordinary])
+
+    @needs_packing
+    def test_packed_gives_a_token_the_same_bytes_wherever_it_stands(self):
+        """Where the last few ids, which fill no vector, are nearly all of the sum."""
+        generator = torch.Generator().manual_seed(1)
+        hidden, weight = torch.randn(256, 24, generator=generator), torch.randn(1543, 24, generator=generator)
+        weight[:1536] *= 0.01
+        targets = torch.randint(1536, 1543, (256,), generator=generator)
+        with torch.inference_mode():
+            head = HEADS["packed"](weight, None)
+            together = head(hidden, targets)
+            for count in range(1, 256):
+                assert torch.equal(head(hidden[:count], targets[:count]), together[:count])
+
+    @pytest.mark.parametrize("name", CPU_HEADS)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_never_hide_what_is_not_finite(self, name, value):
         weight = torch.randn(3000, 4)
@@ -193,24 +243,27 @@ class TestBytes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("length", [512, 96])
     def test_of_a_block_do_not_depend_on_the_others_of_its_batch(self, dtype, length):
-        model, ids = make_gpt2(n_embd=64).to(dtype), make_ids(11, length)
+        model, ids = make_gpt2(vocabulary=3100, n_embd=64).to(dtype), make_ids(11, length, 3100)
         engine = Engine(model)
         together = engine(ids)[:, 1:]
         assert torch.equal(engine(ids.flip(0))[:, 1:].flip(0), together)
         assert torch.equal(torch.cat([engine(row[None]) for row in ids])[:, 1:], together)
         assert torch.equal(torch.cat([engine(ids[:4]), engine(ids[4:])])[:, 1:], together)
 
-    def test_do_not_depend_on_threads(self):
-        model, ids, threads = make_gpt2(n_embd=64), make_ids(2, 512), torch.get_num_threads()
-        found = []
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("rows", "length"), [(2, 512), (7, 512), (5, 77)])
+    def test_do_not_depend_on_threads(self, dtype, rows, length):
+        """Fewer blocks than threads, more, and more than go round; ids that leave some of the last chunk over."""
+        model, ids = make_gpt2(vocabulary=3100, n_embd=64).to(dtype), make_ids(rows, length, 3100)
+        engine, threads, found = Engine(model), torch.get_num_threads(), []
         try:
-            for count in (1, 2, 3):
+            for count in (1, 2, 3, 5):
                 torch.set_num_threads(count)
-                found.append(Engine(model)(ids)[:, 1:])
+                found.append(engine(ids)[:, 1:])
         finally:
             torch.set_num_threads(threads)
-        assert torch.equal(found[0], found[1])
-        assert torch.equal(found[0], found[2])
+        for other in found[1:]:
+            assert torch.equal(found[0], other)
 
 
 class TestAlm:
