@@ -66,7 +66,7 @@ class PackedHead:
     def _nll_of_binary(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         sums, own = self._reduce(*pair, lambda logits: logits.exp2_().sum(dim=1))
         total = sums.sum(dim=0)
-        nll = _LN_2 * (total.log2() - own)
+        nll = (_LN_2 * (total.double().log2() - own)).float()
         is_exact = (total > _SMALLEST_SUM) & (total < torch.inf)
         return nll if is_exact.all() else torch.where(is_exact, nll, self._nll(pair))
 
