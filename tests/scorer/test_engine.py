@@ -289,6 +289,20 @@ class TestAlm:
             torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_on_a_gpu_batches_are_filled_up_to_one_shape(monkeypatch, count):
+    """The kernels are chosen by it. A GPU's way is taken here by a model on the CPU."""
+    model, ids, shapes = make_gpt2(), make_ids(count, 64), []
+    engine = Engine(model, Settings("chunked", compiled=False, micro_batch=4))
+    with torch.no_grad():
+        expected = reference_nll(model, ids)
+    body = engine.body
+    monkeypatch.setattr(engine, "_is_cuda", True)
+    monkeypatch.setattr(engine, "body", lambda some: (shapes.append(tuple(some.shape)), body(some))[1])
+    torch.testing.assert_close(engine(ids), expected, rtol=0, atol=1e-5, equal_nan=True)
+    assert set(shapes) == {(4, 64)}
+
+
 @pytest.mark.slow
 def test_compiled_equals_the_reference():
     """The way of a GPU, compiled for this CPU."""
