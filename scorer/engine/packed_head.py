@@ -72,9 +72,11 @@ class PackedHead:
 
     @torch.inference_mode()
     def _nll(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        unit = _LN_2 if self._is_binary else 1.0
-        normalizers, own = self._reduce(*pair, lambda logits: _log_sum_exp(logits.float() * unit))
-        return normalizers.logsumexp(dim=0) - own.float() * unit
+        normalizers, own = self._reduce(*pair, lambda logits: _log_sum_exp(self._in_nats(logits)))
+        return normalizers.logsumexp(dim=0) - self._in_nats(own)
+
+    def _in_nats(self, logits: Tensor) -> Tensor:
+        return logits * _LN_2 if self._is_binary else logits.float()
 
     def _reduce(self, hidden: Tensor, targets: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """What becomes of each chunk's logits, which are its to overwrite: [C, N]; and the targets' logits [N]."""
