@@ -48,7 +48,8 @@ class Float8Linear(nn.Module):
                 f"multiples of {_DIMENSION}: leave this layer as it is"
             )
         _check_device(weight.device)
-        rounded, scale = quantize_rows(weight.detach())
+        # A weight that lies transposed, as GPT-2's do, would stay so, and a GPU's product refuses it.
+        rounded, scale = quantize_rows(weight.detach().contiguous())
         self.register_buffer("weight", rounded)
         self.register_buffer("weight_scale", scale.t().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())

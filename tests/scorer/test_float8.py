@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scorer.engine.float8 import LARGEST, Float8Linear, quantize_rows
 from scorer.errors import ConfigurationError
@@ -61,7 +62,31 @@ class TestRounding:
         assert (restored(torch.full((3, 32), 1e-44, device=device)) == 0).all()
 
 
+class Operands(TorchDispatchMode):
+    """Remembers the strides of what is multiplied in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._scaled_mm.default:
+            self.strides.append((args[0].stride(), args[1].stride()))
+        return function(*args, **(kwargs or {}))
+
+
 class TestProduct:
+    @pytest.mark.parametrize("is_transposed", [False, True])
+    def test_has_its_operands_lie_as_a_gpu_wants_them(self, is_transposed, device):
+        """The first by rows, the second by columns; a CPU takes any."""
+        weight = make_matrix(96, 48).t() if is_transposed else make_matrix(48, 96)
+        hidden = make_matrix(20, 96).to(device)
+        with Operands() as operands:
+            found = Float8Linear(weight.to(device))(hidden.view(4, 5, 96).transpose(0, 1))
+        assert operands.strides == [((96, 1), (1, 96))]
+        expected = Float8Linear(weight.contiguous().to(device))(hidden).view(4, 5, 48).transpose(0, 1)
+        assert torch.equal(found, expected)
+
     @pytest.mark.parametrize("rows", [1, 5, 64])
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_equals_float64_over_the_rounded_operands(self, rows, has_bias, device):
